@@ -1,0 +1,63 @@
+"""One flat, block-aligned buffer for many parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Layout:
+    """Where each parameter lies in a flat vector of whole blocks.
+
+    Every parameter starts at a block boundary, so that blocks never cross parameters and one kernel serves
+    all of them; the rest of its last block is padding and stays zero.
+
+    Args:
+        shapes: shape of each parameter, in order.
+        block_size: entries per block, 1 for no padding.
+
+    Attributes:
+        numels: entries of each parameter.
+        blocks: `range` of the blocks of each parameter.
+        n_blocks, size: blocks and entries in total, padding included.
+        numel: entries in total, without padding.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], block_size: int):
+        self.shapes = tuple(shapes)
+        self.block_size = block_size
+        self.numels = tuple(math.prod(shape) for shape in self.shapes)
+        self.blocks: list[range] = []
+        start = 0
+        for numel in self.numels:
+            stop = start + -(-numel // block_size)
+            self.blocks.append(range(start, stop))
+            start = stop
+        self.n_blocks = start
+        self.size = start * block_size
+        self.numel = sum(self.numels)
+        self._pieces = [n for piece in self._spans() for n in piece]
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        for numel, blocks in zip(self.numels, self.blocks, strict=True):
+            yield numel, len(blocks) * self.block_size - numel
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Views of a (size,) vector, one per parameter, in the parameter's shape and without padding."""
+        pieces = flat.split(self._pieces)[::2]
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def zeros(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A (size,) vector of zeros."""
+        return torch.zeros(self.size, dtype=dtype, device=device)
+
+    def flatten(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """A (size,) float32 copy of the tensors; `None` counts as zero."""
+        flat = self.zeros(torch.float32, device)
+        present = [(view, t) for view, t in zip(self.split(flat), tensors, strict=True) if t is not None]
+        if present:
+            torch._foreach_copy_([view for view, _ in present], [t for _, t in present])
+        return flat

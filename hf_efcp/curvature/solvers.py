@@ -1,0 +1,86 @@
+"""The m×m side of the window family: from a Gram matrix to the weights of its rows. All in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mean_eigenvalue(gram: Tensor) -> Tensor:
+    """Mean eigenvalue of `GGᵀ/m`, a 0-dim tensor; `gram` is `GGᵀ`, (m, m)."""
+    return gram.diagonal().mean() / len(gram)
+
+
+def woodbury_solve(gram: Tensor, rhs: Tensor, damping: Tensor | float) -> Tensor:
+    """`(mλI + GGᵀ)⁻¹ rhs`, the inner system of `(λI + GᵀG/m)⁻¹`.
+
+    With `rhs = m·e_j` these are the weights `c` with `(λI + GᵀG/m)⁻¹ g_j = Gᵀc`, free of the cancellation in
+    `(x − Gᵀ(mλI + GGᵀ)⁻¹Gx)/λ`, which for any `x` is the general form (M-FAC, arXiv 2107.03356, section 3).
+
+    Args:
+        gram: `GGᵀ`, (m, m) float64, positive semi-definite.
+        rhs: (m,) float64.
+        damping: λ > 0, in units of squared gradient.
+
+    Returns:
+        (m,) float64. Raises nothing and does not wait for the device: the system is positive definite.
+    """
+    shifted = gram.clone()
+    shifted.diagonal().add_(len(gram) * damping)
+    factor = torch.linalg.cholesky_ex(shifted).L
+    return torch.cholesky_solve(rhs[:, None], factor).squeeze(1)
+
+
+class SlidingInverse:
+    """`P = (mλI + GGᵀ)⁻¹` kept up to date while single rows of `G` change.
+
+    Changing row j changes row and column j of the Gram matrix, a symmetric rank-2 update, so `P` follows in
+    O(m²) where a fresh factor costs O(m³): at m = 1024 on one core 0.9 ms against 19 ms. Every solution is
+    refined once against the Gram matrix itself; where its residual shows that `P` drifted, `P` is rebuilt.
+    Reading that residual makes the host wait, so this is for the CPU; elsewhere use `woodbury_solve`.
+
+    Args:
+        inverse: (m, m) float64, the state that lives between steps; updated in place.
+        damping: λ, in units of squared gradient.
+    """
+
+    tolerance = 1e-9
+
+    def __init__(self, inverse: Tensor, damping: float):
+        self.inverse = inverse
+        self.shift = len(inverse) * damping
+
+    def reset(self, gram: Tensor) -> None:
+        """Rebuild from the Gram matrix."""
+        shifted = gram.clone()
+        shifted.diagonal().add_(self.shift)
+        self.inverse.copy_(torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted).L))
+
+    def replace_row(self, row: Tensor, change: Tensor) -> None:
+        """Follow `gram[row, :] += change` and `gram[:, row] += change` (the diagonal entry changes once).
+
+        Args:
+            row: () int64.
+            change: (m,) float64.
+        """
+        # A' = A + e dᵀ + d eᵀ with d = change, its own entry halved. With U = P[e, d] the inverse is
+        # P − U S⁻¹ Uᵀ, S = [[e·Pe, 1 + e·Pd], [1 + e·Pd, d·Pd]]: Woodbury for E = [e, d], C = [[0, 1], [1, 0]].
+        half = change.clone()
+        half[row] *= 0.5
+        u = torch.stack((self.inverse[row], self.inverse @ half), dim=1)
+        corner = u[row, 1] + 1
+        small = torch.stack((torch.stack((u[row, 0], corner)), torch.stack((corner, half @ u[:, 1]))))
+        self.inverse.addmm_(u, torch.linalg.solve(small, u.T), alpha=-1)
+
+    def solve(self, gram: Tensor, rhs: Tensor) -> Tensor:
+        """`(mλI + gram)⁻¹ rhs`, (m,), with one step of iterative refinement."""
+        solution, error = self._refine(gram, rhs)
+        if not error <= self.tolerance * rhs.norm():  # also where the inverse is lost in NaN
+            self.reset(gram)
+            solution, _ = self._refine(gram, rhs)
+        return solution
+
+    def _refine(self, gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        guess = self.inverse @ rhs
+        residual = rhs - gram @ guess - self.shift * guess
+        return guess + self.inverse @ residual, residual.norm()

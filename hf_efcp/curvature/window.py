@@ -1,0 +1,202 @@
+"""Rings of the `m` newest gradients, the rows of `G`: dense, block top-k, global top-k.
+
+All three speak one language, in flat vectors of their layout:
+
+    push     row j of G ← compress(residual + g);  residual ← residual + g − row
+    dots     G x, (m,) float64, the only thing that crosses devices
+    combine  Gᵀ coefficients
+
+`accept` is a 0-dim boolean on the device. Where it is false the gradient must be zero, and a push changes nothing;
+no host ever waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_efcp import ops
+from hf_efcp.curvature.layout import Layout
+
+_MAX_BLOCK = 1 << 15  # indices are signed 16-bit numbers
+
+
+class Window(Protocol):
+    """What the optimizers ask of a ring of gradients."""
+
+    layout: Layout
+
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor) -> Tensor:
+        """Replace row `row` (() int64); returns the stored row as a dense (size,) float32 vector."""
+
+    def dots(self, x: Tensor) -> Tensor:
+        """`G x` for a (size,) float32 vector: (m,) float64."""
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """`Gᵀ coefficients` for (m,) coefficients: a new (size,) float32 vector."""
+
+    def buffers(self) -> dict[str, list[Tensor]]:
+        """What lives between steps, by name: for each parameter its views of the flat buffers."""
+
+    def shared_buffers(self) -> dict[str, Tensor]:
+        """What lives between steps and belongs to no single parameter."""
+
+
+class DenseWindow:
+    """Whole gradients: `values` (m, size). The published M-FAC; m·4 bytes per parameter in float32."""
+
+    def __init__(self, layout: Layout, window: int, *, value_dtype: torch.dtype, device: torch.device):
+        self.layout = layout
+        self.values = torch.zeros(window, layout.size, dtype=value_dtype, device=device)
+
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor) -> Tensor:
+        stored = gradient.to(self.values.dtype)
+        self.values.index_copy_(0, row[None], torch.where(accept, stored, self.values[row])[None])
+        return stored.float()
+
+    def dots(self, x: Tensor) -> Tensor:
+        # Float64 products, as everywhere, by pieces that stay in cache.
+        per_piece = max(1, (1 << 19) // len(self.values))
+        total = torch.zeros(len(self.values), dtype=torch.float64, device=x.device)
+        for values, piece in zip(self.values.split(per_piece, dim=1), x.split(per_piece), strict=True):
+            total += values.double() @ piece.double()
+        return total
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        if self.values.dtype is torch.float32:
+            return coefficients.float() @ self.values
+        pieces = self.values.split(max(1, (1 << 19) // len(self.values)), dim=1)
+        return torch.cat([coefficients.float() @ piece.float() for piece in pieces])
+
+    def buffers(self) -> dict[str, list[Tensor]]:
+        numels, starts = self.layout.numels, [r.start * self.layout.block_size for r in self.layout.blocks]
+        return {"values": [self.values[:, s : s + n] for s, n in zip(starts, numels, strict=True)]}
+
+    def shared_buffers(self) -> dict[str, Tensor]:
+        return {}
+
+
+class BlockTopKWindow:
+    """The `ceil(density·block_size)` largest entries of every block, with error feedback.
+
+    Holds `indices` (B, m, k), local to their block, uint8 for blocks up to 256 and int16 above; `values`
+    (B, m, k); `residual` (B·block_size,): what earlier pushes left out, rounding of the values included.
+
+    Args:
+        density: share of entries kept, in (0, 1].
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        window: int,
+        *,
+        density: float,
+        value_dtype: torch.dtype,
+        residual_dtype: torch.dtype,
+        device: torch.device,
+    ):
+        if layout.block_size > _MAX_BLOCK:
+            raise ValueError(f"`block_size` must be at most {_MAX_BLOCK}, got {layout.block_size}.")
+        self.layout = layout
+        self.k = max(1, math.ceil(density * layout.block_size))
+        index_dtype = torch.uint8 if layout.block_size <= 256 else torch.int16
+        # An empty row is k distinct zeros: a repeated index would be harmless but is no valid row.
+        shape = (layout.n_blocks, window, self.k)
+        self.indices = torch.arange(self.k, device=device).to(index_dtype).repeat(*shape[:2], 1)
+        self.values = torch.zeros(shape, dtype=value_dtype, device=device)
+        self.residual = layout.zeros(residual_dtype, device)
+
+    def _blocks(self, flat: Tensor) -> Tensor:
+        return flat.view(self.layout.n_blocks, self.layout.block_size)
+
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor) -> Tensor:
+        in_place = self.residual.dtype is torch.float32
+        summed = self._blocks((self.residual if in_place else self.residual.float()).add_(gradient))
+        chosen = ops.block_topk(summed, self.k)
+        stored = summed.gather(1, chosen).to(self.values.dtype)
+        summed.scatter_add_(1, chosen, torch.where(accept, -stored.float(), 0.0))
+        if not in_place:
+            self.residual.copy_(summed.view(-1))
+        slot = row[None]
+        old_indices, old_values = self.indices[:, row], self.values[:, row]
+        self.indices.index_copy_(1, slot, torch.where(accept, chosen.to(old_indices.dtype), old_indices)[:, None])
+        self.values.index_copy_(1, slot, torch.where(accept, stored, old_values)[:, None])
+        return torch.zeros_like(summed).scatter_(1, chosen, stored.float()).view(-1)
+
+    def dots(self, x: Tensor) -> Tensor:
+        return ops.window_dots(self.indices, self.values, self._blocks(x))
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        out = self.layout.zeros(torch.float32, self.values.device)
+        ops.window_combine_(self._blocks(out), self.indices, self.values, coefficients)
+        return out
+
+    def buffers(self) -> dict[str, list[Tensor]]:
+        spans = [slice(r.start, r.stop) for r in self.layout.blocks]
+        return {
+            "residual": self.layout.split(self.residual),
+            "indices": [self.indices[span] for span in spans],
+            "values": [self.values[span] for span in spans],
+        }
+
+    def shared_buffers(self) -> dict[str, Tensor]:
+        return {}
+
+
+class GlobalTopKWindow:
+    """The `int(density·d)` largest entries of the whole vector, with error feedback, as first published.
+
+    Rows cross parameters, so `indices` (m, k) int32 and `values` (m, k) belong to no single one. For
+    comparison: block-wise selection is as good and faster. The layout must have no padding.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        window: int,
+        *,
+        density: float,
+        value_dtype: torch.dtype,
+        residual_dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.layout = layout
+        self.k = max(1, int(density * layout.numel))
+        self.indices = torch.zeros(window, self.k, dtype=torch.int32, device=device)
+        self.values = torch.zeros(window, self.k, dtype=value_dtype, device=device)
+        self.residual = layout.zeros(residual_dtype, device)
+
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor) -> Tensor:
+        in_place = self.residual.dtype is torch.float32
+        summed = (self.residual if in_place else self.residual.float()).add_(gradient)
+        chosen = summed.abs().topk(self.k, sorted=False).indices
+        stored = summed[chosen].to(self.values.dtype)
+        summed.scatter_add_(0, chosen, torch.where(accept, -stored.float(), 0.0))
+        if not in_place:
+            self.residual.copy_(summed)
+        indices = torch.where(accept, chosen.to(torch.int32), self.indices[row])
+        values = torch.where(accept, stored, self.values[row])
+        self.indices.index_copy_(0, row[None], indices[None])
+        self.values.index_copy_(0, row[None], values[None])
+        return torch.zeros_like(summed).scatter_(0, chosen, stored.float())
+
+    def dots(self, x: Tensor) -> Tensor:
+        x = x.double()
+        dots = [values.double() @ x[indices] for indices, values in zip(self.indices, self.values, strict=True)]
+        return torch.stack(dots)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        out = self.layout.zeros(torch.float32, self.values.device)
+        for indices, values, weight in zip(self.indices, self.values, coefficients.float(), strict=True):
+            out.index_add_(0, indices, values.float() * weight)
+        return out
+
+    def buffers(self) -> dict[str, list[Tensor]]:
+        return {"residual": self.layout.split(self.residual)}
+
+    def shared_buffers(self) -> dict[str, Tensor]:
+        return {"indices": self.indices, "values": self.values}

@@ -1,0 +1,8 @@
+"""The hot loops: block top-k with error feedback, window dots, window combine.
+
+`torch_ops` is the definition; every other backend must equal it to rounding.
+"""
+
+from hf_efcp.ops.torch_ops import block_topk, window_combine_, window_dots
+
+__all__ = ["block_topk", "window_combine_", "window_dots"]

@@ -1,0 +1,124 @@
+"""What every optimizer of this package does alike: checks, loading, accounting."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
+
+
+class EfcpOptimizer(Optimizer):
+    """`torch.optim.Optimizer` with the state contract of this package.
+
+    - State is made at the first step, for every parameter, and is tensors under word keys alone.
+    - `load_state_dict` keeps the dtypes of the saved state. torch casts every state tensor, integer indices
+      included, to the parameter's dtype (pytorch/pytorch#43706), and accelerate loads at every `prepare`.
+    - `metrics()` and `skipped_steps` read the device; call them when you log, not at each step.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it may have its own `lr` and `weight_decay`, the other options are the optimizer's."""
+        for name in param_group.keys() - {"params", "param_names", "initial_lr", *self.defaults}:
+            raise ValueError(f"{type(self).__name__} has no option `{name}` for a parameter group.")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in self.defaults.keys() - {"lr", "weight_decay"}:
+            if group[name] != self.defaults[name]:
+                raise ValueError(
+                    f"`{name}` is one setting for the whole optimizer ({self.defaults[name]!r}); a parameter group "
+                    f"asks for {group[name]!r}. Groups may differ in `lr` and `weight_decay`."
+                )
+        for parameter in group["params"]:
+            if not parameter.is_floating_point():
+                raise TypeError(
+                    f"{type(self).__name__} optimizes real floating point parameters, got {parameter.dtype}."
+                )
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _adopt_state(self) -> None:
+        """Take the tensors in `self.state` as the state; called after loading."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that `state_dict()` made, every tensor in its saved dtype, on its parameter's device.
+
+        The caller's dict is left as it was. Options of the saved state replace this optimizer's.
+
+        Raises:
+            ValueError: the groups differ in number or size, or the state is another optimizer's.
+        """
+        saved_groups = state_dict["param_groups"]
+        ours = [len(group["params"]) for group in self.param_groups]
+        theirs = [len(group["params"]) for group in saved_groups]
+        if ours != theirs:
+            raise ValueError(
+                f"The saved state has parameter groups of {theirs} tensors, this optimizer has {ours}. Build it over "
+                "the same model with the same decay and no-decay groups, frozen layers included."
+            )
+        for number, group in enumerate(saved_groups):
+            missing = sorted(self.defaults.keys() - group.keys())
+            if missing:
+                raise ValueError(
+                    f"The saved state is not one of {type(self).__name__}: its group {number} lacks "
+                    f"{', '.join(f'`{name}`' for name in missing)}."
+                )
+        self._tell_replaced_options(saved_groups[0])
+        super().load_state_dict({**state_dict, "state": {}})
+        saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
+        for saved, parameter in zip(saved_ids, self._parameters(), strict=True):
+            if saved in state_dict["state"]:
+                state = state_dict["state"][saved]
+                self.state[parameter] = {name: _on_device(value, parameter.device) for name, value in state.items()}
+        self.defaults.update({n: self.param_groups[0][n] for n in self.defaults.keys() - {"lr", "weight_decay"}})
+        self._adopt_state()
+
+    def _tell_replaced_options(self, saved: dict[str, Any]) -> None:
+        for name in sorted(self.defaults.keys() - {"lr", "weight_decay"}):
+            if saved[name] != self.defaults[name]:
+                logger.warning("`%s` is %r in the saved state; it replaces %r.", name, saved[name], self.defaults[name])
+
+    def state_bytes(self) -> int:
+        """Bytes of all tensors that live between steps, each storage counted once."""
+        storages = {}
+        for value in _tensors(self.state.values()):
+            storage = value.untyped_storage()
+            storages[(value.device, storage.data_ptr())] = storage.nbytes()
+        return sum(storages.values())
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because a gradient or an update was not finite. Waits for the device."""
+        return int(sum(int(state["skipped"]) for state in self.state.values() if "skipped" in state))
+
+    def metrics(self) -> dict[str, float]:
+        """Figures worth logging, by name. Waits for the device."""
+        n_parameters = sum(p.numel() for p in self._parameters())
+        size = self.state_bytes()
+        return {
+            "state_bytes": float(size),
+            "state_bytes_per_parameter": size / max(1, n_parameters),
+            "skipped_steps": float(self.skipped_steps),
+        }
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    return value.detach().to(device) if isinstance(value, Tensor) else value
+
+
+def _tensors(states: Iterable[dict[str, Any]]) -> Iterable[Tensor]:
+    return (value for state in states for value in state.values() if isinstance(value, Tensor))

@@ -1,0 +1,123 @@
+"""M-FAC: natural gradient with the matrix of the last `m` gradients, dense or compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_efcp.curvature.solvers import SlidingInverse, mean_eigenvalue, woodbury_solve
+from hf_efcp.optim.options import Option, check_options
+from hf_efcp.optim.window import WindowOptimizer
+from hf_efcp.optim.window_options import WINDOW_OPTIONS, check_combinations
+
+_EFCP = "EFCP, arXiv 2306.06098"
+_MFAC = "M-FAC, arXiv 2107.03356"
+
+
+class MFAC(WindowOptimizer):
+    """Steps along `(λI + GᵀG/m)⁻¹ x`, `G` the last `m` gradients (M-FAC), each compressed with error feedback (EFCP).
+
+    With `precondition="compressed"` the newest row is preconditioned, as published, by the form free of
+    cancellation `u = m·Gᵀ(mλI + GGᵀ)⁻¹e_j`. With `"gradient"` it is the dense gradient:
+    `u = (x − Gᵀ(mλI + GGᵀ)⁻¹Gx)/λ`. `m` is the window's size from the first step on. The rule of a step:
+
+        row j ← compress(residual + g), u as above, v ← momentum·v + u, p ← p(1 − lr·weight_decay) − lr·scale(v)
+
+    Clip gradients before the step as with any optimizer; the window then holds clipped gradients.
+
+    Args:
+        params: parameters or groups; groups may differ in `lr` and `weight_decay`.
+        lr: learning rate.
+        window: rows `m` of `G`.
+        damping: λ, in squared gradient units, or with `damping_mode="relative"` in mean eigenvalues of `GGᵀ/m`.
+        compression: `"topk"` or `"none"` (dense rows).
+        density: share of entries that a row keeps.
+        selection: top-k of each `"block"`, or `"global"` over the whole model as first published.
+        block_size: entries per block.
+        precondition: `"compressed"` or `"gradient"`.
+        scaling: `"none"`, `"rms"` and `"layer_rms"` fix the root mean square of the update, of the model or of each
+            parameter, to `update_rms`; `"adam"` takes Adam's two moments of `u` (β₁ is `momentum`).
+        momentum: heavy ball.
+        weight_decay: decoupled, as AdamW's.
+        value_dtype, residual_dtype: storage of rows and residual.
+
+    Raises:
+        ValueError, TypeError: an option is out of range or of the wrong kind, by name.
+        NotImplementedError: parameters or combinations that cannot work, with what works instead.
+
+    When not to use it: with damping far below the squared gradient and `scaling="none"` the published rule is as
+    sensitive to `lr` as SGD.
+    """
+
+    options = (
+        *WINDOW_OPTIONS,
+        Option("damping", float, "λ added to the curvature's eigenvalues", low=0, low_open=True, source=_MFAC),
+        Option(
+            "damping_mode",
+            str,
+            "λ as it is, or in mean eigenvalues of GGᵀ/m",
+            choices=("absolute", "relative"),
+            source="this package",
+        ),
+    )
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        window: int = 32,
+        damping: float = 0.1,
+        damping_mode: str = "relative",
+        compression: str = "topk",
+        density: float = 0.05,
+        selection: str = "block",
+        block_size: int = 4096,
+        precondition: str = "gradient",
+        scaling: str = "rms",
+        update_rms: float = 0.25,
+        momentum: float = 0.9,
+        beta2: float = 0.999,
+        weight_decay: float = 0.0,
+        value_dtype: str | torch.dtype = "float32",
+        residual_dtype: str | torch.dtype = "float32",
+    ):
+        given = dict(locals())
+        options = check_options(self.options, given)
+        check_combinations(options)
+        super().__init__(params, options)
+
+    @property
+    def _slides(self) -> bool:
+        """Whether an inverse is kept between steps: worth it where a fresh factor is dear and λ stands still."""
+        return self.defaults["window"] > 256 and self.defaults["damping_mode"] == "absolute"
+
+    def _shared_state(self, device: torch.device) -> dict[str, Tensor]:
+        shared = super()._shared_state(device)
+        if self._slides and device.type == "cpu":
+            window, damping = self.defaults["window"], self.defaults["damping"]
+            shared["inverse"] = torch.eye(window, dtype=torch.float64) / (window * damping)
+        return shared
+
+    def _follow_gram(self, shared: dict[str, Tensor], row: Tensor, change: Tensor) -> None:
+        if "inverse" in shared:
+            SlidingInverse(shared["inverse"], self.defaults["damping"]).replace_row(row, change)
+
+    def _solve(self, shared: dict[str, Tensor], row: Tensor, dots: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        gram, damping = shared["gram"], self._damping(shared["gram"])
+        unit = torch.zeros_like(gram[0]).index_fill_(0, row, float(len(gram))) if dots is None else dots
+        if "inverse" in shared:
+            solution = SlidingInverse(shared["inverse"], self.defaults["damping"]).solve(gram, unit)
+        else:
+            solution = woodbury_solve(gram, unit, damping)
+        return (solution, None) if dots is None else (-solution / damping, 1 / damping)
+
+    def _damping(self, gram: Tensor) -> Tensor:
+        damping = torch.tensor(self.defaults["damping"], dtype=gram.dtype, device=gram.device)
+        if self.defaults["damping_mode"] == "relative":
+            # An empty window has no eigenvalue to be relative to; its gradient is zero, and so is the update.
+            return (damping * mean_eigenvalue(gram)).clamp_min(1e-60)
+        return damping

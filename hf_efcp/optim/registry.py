@@ -1,0 +1,186 @@
+"""Optimizers by name: what `--optim`, `create_optimizer` and `hf-efcp explain` know of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hf_efcp.optim.mfac import MFAC
+from hf_efcp.optim.options import Option, closest, refuse_unknown
+
+_TRAINER = ("lr", "weight_decay")  # set by their own arguments everywhere, never among an optimizer's options
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """A registered optimizer.
+
+    Args:
+        name: what `--optim` takes.
+        cls: the optimizer; its class attribute `options` lists its keyword arguments.
+        summary: one line.
+        paper: title and arXiv number.
+        defaults: where they differ from the constructor's.
+        fixed: options that make this name what it is; they cannot be set.
+        presets: named sets of options, chosen by `preset=`.
+        renames: option names that published commands print, and ours.
+        takes_lr: whether `lr` may stand among the options, as published commands print it.
+        needs_model: whether it is built over a module instead of parameters.
+    """
+
+    name: str
+    cls: type[Optimizer]
+    summary: str
+    paper: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    renames: Mapping[str, str] = field(default_factory=dict)
+    takes_lr: bool = False
+    needs_model: bool = False
+
+    def options(self) -> dict[str, tuple[Option, Any]]:
+        """Each option that a user can set under this name, with its default here."""
+        signature = inspect.signature(self.cls.__init__).parameters
+        hidden = {*self.fixed, *_TRAINER}
+        return {
+            option.name: (option, self.defaults.get(option.name, signature[option.name].default))
+            for option in self.cls.options
+            if option.name not in hidden
+        }
+
+    def resolve(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the optimizer from a user's options, words of a command line included.
+
+        Raises:
+            ValueError: an unknown option (with the closest match), a value out of range, `lr` given twice.
+            TypeError: a value of the wrong kind.
+        """
+        raw = {self.renames.get(name, name): value for name, value in raw.items()}
+        resolved = {**self.defaults, **self.fixed, **self._preset(raw.pop("preset", None))}
+        known = self.options()
+        extra = _TRAINER if self.takes_lr else ()
+        for name in raw:
+            if name in _TRAINER and name not in extra:
+                raise ValueError(
+                    f"`{name}` is given by its own argument (`{name}=` in code, "
+                    f"`--{'learning_rate' if name == 'lr' else name}` on a command line), not among the options."
+                )
+            if name in self.fixed:
+                raise ValueError(
+                    f"`{name}` is {self.fixed[name]!r} in `{self.name}`; another optimizer of "
+                    f"{self.cls.__name__} may have the one you want: {', '.join(_siblings(self))}."
+                )
+        refuse_unknown(f"`{self.name}`", raw, [*known, "preset", *extra])
+        by_name = {option.name: option for option in self.cls.options}
+        for name, value in raw.items():
+            option = by_name[name]
+            resolved[name] = option.parse(value) if isinstance(value, str) else option.check(value)
+        return resolved
+
+    def _preset(self, name: str | None) -> Mapping[str, Any]:
+        if name in (None, "default"):
+            return {}
+        if name not in self.presets:
+            names = ["default", *self.presets]
+            raise ValueError(
+                f"`preset` of `{self.name}` must be one of {', '.join(names)}, got {name!r}.{closest(name, names)}"
+            )
+        return self.presets[name]
+
+
+# EFCP's GLUE and CIFAR-10 commands: window 1024, density 1 %, no momentum; damping as for BERT.
+_PAPER_MFAC = {
+    "window": 1024,
+    "damping": 5e-5,
+    "damping_mode": "absolute",
+    "precondition": "compressed",
+    "scaling": "none",
+    "momentum": 0.0,
+}
+
+_SPECS: dict[str, OptimizerSpec] = {}
+
+
+def register(spec: OptimizerSpec) -> None:
+    """Add an optimizer. Raises `ValueError` where the name is taken."""
+    if spec.name in _SPECS:
+        raise ValueError(f"An optimizer `{spec.name}` is registered already.")
+    _SPECS[spec.name] = spec
+
+
+register(
+    OptimizerSpec(
+        name="efcp_mfac",
+        cls=MFAC,
+        summary="S-M-FAC: natural gradient over a window of top-k compressed gradients with error feedback",
+        paper="EFCP: Error Feedback Can Accurately Compress Preconditioners (arXiv 2306.06098)",
+        fixed={"compression": "topk"},
+        presets={"paper": {**_PAPER_MFAC, "density": 0.01}},
+    )
+)
+register(
+    OptimizerSpec(
+        name="mfac",
+        cls=MFAC,
+        summary="M-FAC: natural gradient over a window of whole gradients; 4·window bytes per parameter",
+        paper="M-FAC: Efficient Matrix-Free Approximations of Second-Order Information (arXiv 2107.03356)",
+        fixed={"compression": "none"},
+        presets={"paper": _PAPER_MFAC},
+    )
+)
+register(
+    OptimizerSpec(
+        name="MFAC",
+        cls=MFAC,
+        summary="`mfac` with the published settings and the flags printed on the published M-FAC model cards",
+        paper="M-FAC: Efficient Matrix-Free Approximations of Second-Order Information (arXiv 2107.03356)",
+        defaults={**_PAPER_MFAC, "damping": 1e-6},
+        fixed={"compression": "none"},
+        renames={"num_grads": "window", "damp": "damping"},
+        takes_lr=True,
+    )
+)
+
+
+def list_optimizers() -> list[str]:
+    """The names that `--optim` and `create_optimizer` take."""
+    return list(_SPECS)
+
+
+def get_spec(name: str) -> OptimizerSpec:
+    """The registered optimizer. Raises `ValueError` with the closest match."""
+    if name not in _SPECS:
+        raise ValueError(f"No optimizer `{name}`.{closest(name, _SPECS)} Registered: {', '.join(_SPECS)}.")
+    return _SPECS[name]
+
+
+def create_optimizer(
+    name: str, model_or_params: nn.Module | Iterable[Any], lr: float, *, weight_decay: float = 0.0, **options: Any
+) -> Optimizer:
+    """Build an optimizer by name.
+
+    Args:
+        name: one of `list_optimizers()`.
+        model_or_params: a module, whose trainable parameters are taken, or parameters or groups.
+        lr: learning rate.
+        weight_decay: decoupled weight decay of groups that set none.
+        **options: as `hf-efcp explain NAME` lists them; strings are read as on a command line.
+
+    Raises:
+        ValueError, TypeError: a name, option or value that does not exist or fit.
+    """
+    spec = get_spec(name)
+    resolved = {"lr": lr, "weight_decay": weight_decay, **spec.resolve(options)}
+    if isinstance(model_or_params, nn.Module) and not spec.needs_model:
+        model_or_params = [p for p in model_or_params.parameters() if p.requires_grad]
+    return spec.cls(model_or_params, **resolved)
+
+
+def _siblings(spec: OptimizerSpec) -> list[str]:
+    return [other.name for other in _SPECS.values() if other.cls is spec.cls and other.name != spec.name]

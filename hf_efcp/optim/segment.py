@@ -1,0 +1,66 @@
+"""The flat buffers of all parameters that live on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_efcp.curvature.layout import Layout
+from hf_efcp.curvature.window import BlockTopKWindow, DenseWindow, GlobalTopKWindow, Window
+from hf_efcp.optim.options import DTYPES
+
+
+def make_window(layout: Layout, options: Mapping[str, Any], device: torch.device) -> Window:
+    """The ring of gradients that the options name."""
+    dtype = DTYPES[options["value_dtype"]]
+    if options["compression"] == "none":
+        return DenseWindow(layout, options["window"], value_dtype=dtype, device=device)
+    kind = GlobalTopKWindow if options["selection"] == "global" else BlockTopKWindow
+    return kind(
+        layout,
+        options["window"],
+        density=options["density"],
+        value_dtype=dtype,
+        residual_dtype=DTYPES[options["residual_dtype"]],
+        device=device,
+    )
+
+
+class Segment:
+    """Window and moments of the parameters on one device.
+
+    Args:
+        params: parameters, all on one device.
+        options: an optimizer's checked options.
+        moments: names of the float32 vectors of the parameters' size that live between steps.
+
+    Attributes:
+        moments: (layout.size,) float32 vectors by name.
+    """
+
+    def __init__(self, params: Sequence[Tensor], options: Mapping[str, Any], moments: Sequence[str]):
+        self.params = list(params)
+        self.device = self.params[0].device
+        padded = options["compression"] == "topk" and options["selection"] == "block"
+        self.layout = Layout([p.shape for p in self.params], options["block_size"] if padded else 1)
+        self.window = make_window(self.layout, options, self.device)
+        self.moments = {name: self.layout.zeros(torch.float32, self.device) for name in moments}
+
+    def fits(self, params: Sequence[Tensor]) -> bool:
+        """Whether these buffers are those of `params`, still on the same device."""
+        return len(params) == len(self.params) and all(
+            ours is theirs and ours.device == self.device for ours, theirs in zip(self.params, params, strict=True)
+        )
+
+    def views(self) -> list[dict[str, Tensor]]:
+        """For each parameter its views of the buffers, by name: what stands in `optimizer.state`."""
+        buffers = dict(self.window.buffers())
+        buffers.update({name: self.layout.split(flat) for name, flat in self.moments.items()})
+        return [{name: parts[i] for name, parts in buffers.items()} for i in range(len(self.params))]
+
+    def flat_gradient(self) -> Tensor:
+        """A float32 copy of all gradients, (layout.size,); a missing one counts as zero."""
+        return self.layout.flatten([p.grad for p in self.params], self.device)

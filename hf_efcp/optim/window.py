@@ -1,0 +1,232 @@
+"""The step that M-FAC and GGT share: push, dots, solve, combine, scale, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_efcp.optim.base import EfcpOptimizer
+from hf_efcp.optim.scaling import adam_, layer_rms_, rms_
+from hf_efcp.optim.segment import Segment
+
+
+class WindowOptimizer(EfcpOptimizer):
+    """An optimizer over a ring of compressed gradients `G`; subclasses say which m×m function it is.
+
+    State of each parameter: its views of the flat buffers of its device (`residual`, `indices`, `values`,
+    `momentum`, …). State of the first parameter besides: `gram` (m, m) float64, `step` and `skipped`,
+    what the whole model shares. The first parameter's device holds these.
+    """
+
+    _segments: list[Segment] | None = None
+
+    def _solve(self, shared: dict[str, Tensor], row: Tensor, dots: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weights of the rows and of `x` itself in the preconditioned gradient.
+
+        Args:
+            shared: the first parameter's state, with `gram` up to date.
+            row: () int64, the newest row.
+            dots: `G x` (m,) float64, or `None` where `x` is the newest row.
+
+        Returns:
+            (m,) float64 coefficients `c` and () float64 `s` (or `None` for 0) with update `Gᵀc + s·x`.
+        """
+        raise NotImplementedError
+
+    def _follow_gram(self, shared: dict[str, Tensor], row: Tensor, change: Tensor) -> None:
+        """Bring what a subclass derives from the Gram matrix up to date with its changed row."""
+
+    def _shared_state(self, device: torch.device) -> dict[str, Tensor]:
+        """New tensors of what the whole model shares."""
+        window = self.defaults["window"]
+        return {
+            "gram": torch.zeros(window, window, dtype=torch.float64, device=device),
+            "step": torch.zeros((), dtype=torch.int64, device=device),
+            "skipped": torch.zeros((), dtype=torch.int64, device=device),
+        }
+
+    def _moments(self) -> list[str]:
+        if self.defaults["scaling"] == "adam":
+            return ["exp_avg", "exp_avg_sq"]
+        return ["momentum"] if self.defaults["momentum"] else []
+
+    # ------------------------------------------------------------------ state
+
+    def _segment_key(self, parameter: Tensor) -> Any:
+        return parameter.device
+
+    def _adopt_state(self) -> None:
+        """Make buffers for today's parameters, fill them from `self.state`, and put their views there."""
+        params = self._parameters()
+        by_key: dict[Any, list[Tensor]] = {}
+        for parameter in params:
+            by_key.setdefault(self._segment_key(parameter), []).append(parameter)
+        if self.defaults["compression"] == "topk" and self.defaults["selection"] == "global" and len(by_key) > 1:
+            raise NotImplementedError(
+                f"selection='global' ranks all entries of a model on one device; this one is spread over "
+                f"{sorted(map(str, by_key))}. Use selection='block'."
+            )
+        segments = [Segment(part, self.defaults, self._moments()) for part in by_key.values()]
+        states = {p: views for segment in segments for p, views in zip(segment.params, segment.views(), strict=True)}
+        first = states[params[0]]
+        first.update(self._shared_state(params[0].device))
+        for segment in segments:
+            first.update(segment.window.shared_buffers())
+        for parameter, views in states.items():
+            self._fill(views, self.state.get(parameter, {}))
+            self.state[parameter] = views
+        self._segments = segments
+
+    def _fill(self, views: dict[str, Tensor], saved: dict[str, Any]) -> None:
+        for name, view in views.items():
+            if name not in saved:
+                continue
+            if saved[name].shape != view.shape:
+                raise ValueError(
+                    f"The saved `{name}` has shape {tuple(saved[name].shape)}; this model and these options need "
+                    f"{tuple(view.shape)}."
+                )
+            view.copy_(saved[name])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `EfcpOptimizer.load_state_dict`."""
+        self._segments = None
+        super().load_state_dict(state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._segments = None
+
+    def _current_segments(self) -> list[Segment]:
+        params = self._parameters()
+        held = list(chain.from_iterable(segment.params for segment in self._segments or []))
+        # Another parameter, device or placement since the last step: accelerate swaps and moves parameters.
+        if self._segments is None or len(held) != len(params) or not self._all_fit(params):
+            self._adopt_state()
+        return self._segments
+
+    def _all_fit(self, params: list[Tensor]) -> bool:
+        by_key: dict[Any, list[Tensor]] = {}
+        for parameter in params:
+            by_key.setdefault(self._segment_key(parameter), []).append(parameter)
+        return len(by_key) == len(self._segments) and all(
+            segment.fits(part) for segment, part in zip(self._segments, by_key.values(), strict=True)
+        )
+
+    # ------------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what `closure` returns. A step whose gradients are not finite is left out."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._has_gradients():
+            return loss
+        segments = self._current_segments()
+        shared = self.state[self._parameters()[0]]
+        gradients = [segment.flat_gradient() for segment in segments]
+        accept = self._acceptable(gradients, shared)
+        # A NaN that is multiplied away stays NaN; it must be replaced.
+        gradients = [torch.where(accept.to(gradient.device), gradient, 0.0) for gradient in gradients]
+        updates = self._precondition(segments, shared, gradients, accept)
+        shared["step"] += accept
+        accept = self._finite(updates, accept, shared)
+        self._apply(self._scaled(updates, segments, shared, accept), segments, accept)
+        return loss
+
+    def _has_gradients(self) -> bool:
+        found = False
+        for parameter in self._parameters():
+            if parameter.grad is None:
+                continue
+            found = True
+            if parameter.grad.is_sparse:
+                raise NotImplementedError(
+                    f"{type(self).__name__} needs dense gradients; build the embedding with sparse=False."
+                )
+        return found
+
+    def _acceptable(self, gradients: list[Tensor], shared: dict[str, Tensor]) -> Tensor:
+        """() bool: the gradients are finite, and are not the zeros by which checkpointing materialises state."""
+        device = shared["step"].device
+        finite = torch.stack([gradient.sum().isfinite().to(device) for gradient in gradients]).all()
+        shared["skipped"] += ~finite
+        if any(group["lr"] for group in self.param_groups):
+            return finite
+        return finite & torch.stack([gradient.any().to(device) for gradient in gradients]).any()
+
+    def _precondition(
+        self, segments: list[Segment], shared: dict[str, Tensor], gradients: list[Tensor], accept: Tensor
+    ) -> list[Tensor]:
+        device = accept.device
+        row = shared["step"] % self.defaults["window"]
+        newest = [
+            segment.window.push(gradient, row.to(segment.device), accept.to(segment.device))
+            for segment, gradient in zip(segments, gradients, strict=True)
+        ]
+        gram = shared["gram"]
+        dots = torch.where(accept, self._dots(segments, newest, device), gram[row])
+        change = dots - gram[row]
+        gram.index_copy_(0, row[None], dots[None])
+        gram.index_copy_(1, row[None], dots[:, None])
+        self._follow_gram(shared, row, change)
+        whole = self.defaults["precondition"] == "gradient" and self.defaults["compression"] != "none"
+        targets = gradients if whole else newest
+        coefficients, weight = self._solve(shared, row, self._dots(segments, targets, device) if whole else None)
+        updates = []
+        for segment, target in zip(segments, targets, strict=True):
+            update = segment.window.combine(coefficients.to(segment.device))
+            updates.append(update if weight is None else update.add_(target * weight.to(segment.device, update.dtype)))
+        return updates
+
+    def _dots(self, segments: list[Segment], vectors: list[Tensor], device: torch.device) -> Tensor:
+        parts = [segment.window.dots(x).to(device) for segment, x in zip(segments, vectors, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def _finite(self, updates: list[Tensor], accept: Tensor, shared: dict[str, Tensor]) -> Tensor:
+        """`accept`, less the case of an update that overflowed."""
+        finite = torch.stack([update.sum().isfinite().to(accept.device) for update in updates]).all()
+        shared["skipped"] += accept & ~finite
+        return accept & finite
+
+    def _scaled(
+        self, updates: list[Tensor], segments: list[Segment], shared: dict[str, Tensor], accept: Tensor
+    ) -> list[Tensor]:
+        """Momentum and scaling: the updates as they are applied. Zero where the step is not accepted."""
+        options = self.defaults
+        updates = [torch.where(accept.to(update.device), update, 0.0) for update in updates]
+        if options["scaling"] == "adam":
+            adam_(updates, segments, shared["step"], accept, beta1=options["momentum"], beta2=options["beta2"])
+        elif options["momentum"]:
+            for i, segment in enumerate(segments):
+                keep = accept.to(segment.device)
+                buffer = segment.moments["momentum"]
+                buffer.mul_(torch.where(keep, options["momentum"], 1.0).to(buffer.dtype)).add_(updates[i])
+                updates[i] = torch.where(keep, buffer, 0.0)
+        if options["scaling"] == "rms":
+            rms_(updates, segments, options["update_rms"])
+        elif options["scaling"] == "layer_rms":
+            layer_rms_(updates, segments, options["update_rms"])
+        return updates
+
+    def _apply(self, updates: list[Tensor], segments: list[Segment], accept: Tensor) -> None:
+        """`p ← p(1 − lr·weight_decay) − lr·update`, nothing where the step is not accepted."""
+        update_of = {}
+        for segment, update in zip(segments, updates, strict=True):
+            update_of.update(zip(segment.params, segment.layout.split(update), strict=True))
+        for group in self.param_groups:
+            params = group["params"]
+            if not params:
+                continue
+            lr, decay = group["lr"], group["weight_decay"]
+            if lr and decay:
+                factor = 1 - lr * decay * accept.double()
+                for parameter in params:
+                    parameter.mul_(factor.to(parameter.device))
+            torch._foreach_add_(params, [update_of[p] for p in params], alpha=-lr)

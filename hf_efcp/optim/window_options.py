@@ -1,0 +1,64 @@
+"""Options that M-FAC and GGT share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_efcp.optim.options import Option
+
+_EFCP = "EFCP, arXiv 2306.06098"
+_HERE = "this package"
+
+WINDOW_OPTIONS = (
+    Option("lr", float, "learning rate", low=0, high_open=True),
+    Option("window", int, "rows m of the ring of gradients", low=1, high=65536, source="M-FAC, arXiv 2107.03356"),
+    Option(
+        "compression", str, "how a row is stored: its largest entries, or whole", choices=("topk", "none"), source=_EFCP
+    ),
+    Option("density", float, "share of entries that a row keeps", low=0, low_open=True, high=1, source=_EFCP),
+    Option(
+        "selection",
+        str,
+        "largest entries of each block or of the whole model",
+        choices=("block", "global"),
+        source=_EFCP,
+    ),
+    Option("block_size", int, "entries per block", low=1, high=32768, source="ISTA-DASLab-Optimizers"),
+    Option(
+        "precondition",
+        str,
+        "the newest compressed row, or the dense gradient",
+        choices=("compressed", "gradient"),
+        source=_EFCP,
+    ),
+    Option(
+        "scaling",
+        str,
+        "length of the update: as computed, fixed per model, fixed per parameter, or Adam's moments of it",
+        choices=("none", "rms", "layer_rms", "adam"),
+        source=_HERE,
+    ),
+    Option("update_rms", float, "root mean square of the update before lr", low=0, low_open=True, source=_HERE),
+    Option(
+        "momentum",
+        float,
+        "heavy-ball factor; with scaling=adam Adam's beta1",
+        low=0,
+        high=1,
+        high_open=True,
+        source=_EFCP,
+    ),
+    Option("beta2", float, "decay of Adam's second moment, with scaling=adam", low=0, high=1, high_open=True),
+    Option("weight_decay", float, "decoupled weight decay, times lr", low=0, source="AdamW, arXiv 1711.05101"),
+    Option("value_dtype", str, "dtype of the stored values", choices=("float32", "bfloat16"), source=_EFCP),
+    Option(
+        "residual_dtype", str, "dtype of the error-feedback residual", choices=("float32", "bfloat16"), source=_EFCP
+    ),
+)
+
+
+def check_combinations(options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for options that are valid one by one and not together."""
+    if options["compression"] == "none" and options["selection"] == "global":
+        raise ValueError("selection='global' ranks the entries of compressed rows; compression='none' keeps them all.")
