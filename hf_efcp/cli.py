@@ -1,0 +1,142 @@
+"""`hf-efcp`: what the optimizers are and take, and training with one of them."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from hf_efcp.optim.options import Option
+from hf_efcp.optim.registry import OptimizerSpec, get_spec, list_optimizers
+
+_WIDTH = 100  # columns of the texts
+
+
+def list_text() -> str:
+    """Every registered optimizer: name, summary, paper."""
+    specs = [get_spec(name) for name in list_optimizers()]
+    indent = 2 + max(len(spec.name) for spec in specs)
+    lines = []
+    for spec in specs:
+        lines += _wrapped(spec.summary, first=spec.name.ljust(indent), rest=" " * indent)
+        lines += _wrapped(spec.paper, first=" " * indent, rest=" " * indent)
+    return "\n".join([*lines, "", "hf-efcp explain NAME lists the options of one."])
+
+
+def explain_text(name: str) -> str:
+    """All that a user can set on an optimizer, and how.
+
+    Raises:
+        ValueError: no such optimizer; names the closest match.
+    """
+    spec = get_spec(name)
+    parts = [_wrapped(f"{spec.name}: {spec.summary}"), [f"Paper: {spec.paper}"]]
+    if spec.fixed:
+        parts[1].append(f"Fixed in this name: {_assignments(spec.fixed)}")
+    if spec.renames:
+        parts[1].append("Also understood: " + ", ".join(f"{old} = {new}" for old, new in spec.renames.items()))
+    parts.append(_option_lines(spec))
+    parts.append(_preset_lines(spec))
+    parts.append(_usage_lines(spec))
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _option_lines(spec: OptimizerSpec) -> list[str]:
+    """Two lines an option: `name  type  default  range`, and what it means and where it comes from."""
+    header = ("option", "type", "default", "range")
+    options = spec.options()
+    rows = [
+        (o.name, f"{o.kind.__name__} or none" if o.optional else o.kind.__name__, _word(default), _range(o))
+        for o, default in options.values()
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def aligned(row: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+    lines = [aligned(header)]
+    for row, (option, _) in zip(rows, options.values(), strict=True):
+        source = f" [{option.source}]" if option.source else ""
+        lines += [aligned(row), *_wrapped(option.help + source, first="    ", rest="    ")]
+    return lines
+
+
+def _preset_lines(spec: OptimizerSpec) -> list[str]:
+    lines = []
+    for preset, values in spec.presets.items():
+        shown = {name: value for name, value in values.items() if name not in spec.fixed}
+        lines += _wrapped(_assignments(shown, ", "), first=f"preset={preset}: ", rest="    ")
+    return lines
+
+
+def _usage_lines(spec: OptimizerSpec) -> list[str]:
+    examples = {name: default for name, (_, default) in spec.options().items() if default is not None}
+    chosen = dict(list(examples.items())[:2])
+    arguments = f"--optim {spec.name}" + (f" --optim_args {_assignments(chosen)}" if chosen else "")
+    keywords = "".join(f", {name}={value!r}" for name, value in chosen.items())
+    rates = "Learning rate and weight decay have their own flags: --learning_rate, --weight_decay."
+    if spec.takes_lr:
+        rates += " `lr` may stand among the options too."
+    return [
+        rates,
+        f"Command line: hf-efcp run SCRIPT.py ... {arguments}",
+        f'In code:      create_optimizer("{spec.name}", model, lr=1e-3{keywords})',
+    ]
+
+
+def _range(option: Option) -> str:
+    return option.allowed.removeprefix("in ").removesuffix(" or none")
+
+
+def _word(value: Any) -> str:
+    """A value as it is written on a command line."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _assignments(values: Any, separator: str = ",") -> str:
+    return separator.join(f"{name}={_word(value)}" for name, value in values.items())
+
+
+def _wrapped(text: str, first: str = "", rest: str = "    ") -> list[str]:
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-efcp", description=__doc__.replace("`", ""))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("list", help="the optimizers: name, summary, paper")
+    explain = commands.add_parser("explain", help="every option of an optimizer")
+    explain.add_argument("name", metavar="NAME", help="as `hf-efcp list` prints it")
+    # `run` never reaches this parser, which would take the script's own flags for itself.
+    commands.add_parser("run", help="a training script with these optimizers under --optim: run SCRIPT.py ...")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit code; a wrong command line exits with 2 and one line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no λ still gets the text
+    if argv[:1] == ["run"]:
+        from hf_efcp.run import main as run
+
+        return run(argv[1:]) or 0
+    arguments = _parser().parse_args(argv)
+    try:
+        text = list_text() if arguments.command == "list" else explain_text(arguments.name)
+    except ValueError as error:
+        print(f"hf-efcp: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
