@@ -56,8 +56,14 @@ class Layout:
 
     def flatten(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """A (size,) float32 copy of the tensors; `None` counts as zero."""
-        flat = self.zeros(torch.float32, device)
-        present = [(view, t) for view, t in zip(self.split(flat), tensors, strict=True) if t is not None]
+        flat = torch.empty(self.size, dtype=torch.float32, device=device)
+        pieces = flat.split(self._pieces)
+        targets = [piece.view(shape) for piece, shape in zip(pieces[::2], self.shapes, strict=True)]
+        empty = [piece for piece in pieces[1::2] if len(piece)]
+        empty += [target for target, t in zip(targets, tensors, strict=True) if t is None]
+        present = [(target, t) for target, t in zip(targets, tensors, strict=True) if t is not None]
+        if empty:
+            torch._foreach_zero_(empty)
         if present:
-            torch._foreach_copy_([view for view, _ in present], [t for _, t in present])
+            torch._foreach_copy_([target for target, _ in present], [t for _, t in present])
         return flat

@@ -29,14 +29,14 @@ class Window(Protocol):
 
     layout: Layout
 
-    def push(self, gradient: Tensor, row: Tensor, accept: Tensor) -> Tensor:
-        """Replace row `row` (() int64); returns the stored row as a dense (size,) float32 vector."""
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, out: Tensor) -> None:
+        """Replace row `row` (() int64) and write it to `out`, dense (size,) float32, which may be `gradient`."""
 
     def dots(self, x: Tensor) -> Tensor:
         """`G x` for a (size,) float32 vector: (m,) float64."""
 
-    def combine(self, coefficients: Tensor) -> Tensor:
-        """`Gᵀ coefficients` for (m,) coefficients: a new (size,) float32 vector."""
+    def combine(self, coefficients: Tensor, out: Tensor) -> None:
+        """Write `Gᵀ coefficients` to `out`, (size,) float32, for (m,) coefficients."""
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """What lives between steps, by name: for each parameter its views of the flat buffers."""
@@ -51,25 +51,26 @@ class DenseWindow:
     def __init__(self, layout: Layout, window: int, *, value_dtype: torch.dtype, device: torch.device):
         self.layout = layout
         self.values = torch.zeros(window, layout.size, dtype=value_dtype, device=device)
+        self._piece = max(1, (1 << 19) // window)  # columns that stay in cache while they are cast
 
-    def push(self, gradient: Tensor, row: Tensor, accept: Tensor) -> Tensor:
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, out: Tensor) -> None:
         stored = gradient.to(self.values.dtype)
         self.values.index_copy_(0, row[None], torch.where(accept, stored, self.values[row])[None])
-        return stored.float()
+        out.copy_(stored)
 
     def dots(self, x: Tensor) -> Tensor:
-        # Float64 products, as everywhere, by pieces that stay in cache.
-        per_piece = max(1, (1 << 19) // len(self.values))
         total = torch.zeros(len(self.values), dtype=torch.float64, device=x.device)
-        for values, piece in zip(self.values.split(per_piece, dim=1), x.split(per_piece), strict=True):
+        for values, piece in zip(self.values.split(self._piece, dim=1), x.split(self._piece), strict=True):
             total += values.double() @ piece.double()
         return total
 
-    def combine(self, coefficients: Tensor) -> Tensor:
+    def combine(self, coefficients: Tensor, out: Tensor) -> None:
+        weights = coefficients.float()
         if self.values.dtype is torch.float32:
-            return coefficients.float() @ self.values
-        pieces = self.values.split(max(1, (1 << 19) // len(self.values)), dim=1)
-        return torch.cat([coefficients.float() @ piece.float() for piece in pieces])
+            torch.mv(self.values.T, weights, out=out)
+            return
+        for values, piece in zip(self.values.split(self._piece, dim=1), out.split(self._piece), strict=True):
+            torch.mv(values.T.float(), weights, out=piece)
 
     def buffers(self) -> dict[str, list[Tensor]]:
         numels, starts = self.layout.numels, [r.start * self.layout.block_size for r in self.layout.blocks]
@@ -113,27 +114,20 @@ class BlockTopKWindow:
     def _blocks(self, flat: Tensor) -> Tensor:
         return flat.view(self.layout.n_blocks, self.layout.block_size)
 
-    def push(self, gradient: Tensor, row: Tensor, accept: Tensor) -> Tensor:
-        in_place = self.residual.dtype is torch.float32
-        summed = self._blocks((self.residual if in_place else self.residual.float()).add_(gradient))
-        chosen = ops.block_topk(summed, self.k)
-        stored = summed.gather(1, chosen).to(self.values.dtype)
-        summed.scatter_add_(1, chosen, torch.where(accept, -stored.float(), 0.0))
-        if not in_place:
-            self.residual.copy_(summed.view(-1))
-        slot = row[None]
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, out: Tensor) -> None:
+        residual, gradient = self._blocks(self.residual), self._blocks(gradient)
+        chosen, stored = ops.accumulate_topk_(residual, gradient, self.k, self.values.dtype, accept)
+        self._blocks(out.zero_()).scatter_(1, chosen, stored.float())
         old_indices, old_values = self.indices[:, row], self.values[:, row]
-        self.indices.index_copy_(1, slot, torch.where(accept, chosen.to(old_indices.dtype), old_indices)[:, None])
-        self.values.index_copy_(1, slot, torch.where(accept, stored, old_values)[:, None])
-        return torch.zeros_like(summed).scatter_(1, chosen, stored.float()).view(-1)
+        indices = torch.where(accept, chosen.to(old_indices.dtype), old_indices)
+        self.indices.index_copy_(1, row[None], indices[:, None])
+        self.values.index_copy_(1, row[None], torch.where(accept, stored, old_values)[:, None])
 
     def dots(self, x: Tensor) -> Tensor:
         return ops.window_dots(self.indices, self.values, self._blocks(x))
 
-    def combine(self, coefficients: Tensor) -> Tensor:
-        out = self.layout.zeros(torch.float32, self.values.device)
-        ops.window_combine_(self._blocks(out), self.indices, self.values, coefficients)
-        return out
+    def combine(self, coefficients: Tensor, out: Tensor) -> None:
+        ops.window_combine_(self._blocks(out.zero_()), self.indices, self.values, coefficients)
 
     def buffers(self) -> dict[str, list[Tensor]]:
         spans = [slice(r.start, r.stop) for r in self.layout.blocks]
@@ -170,7 +164,7 @@ class GlobalTopKWindow:
         self.values = torch.zeros(window, self.k, dtype=value_dtype, device=device)
         self.residual = layout.zeros(residual_dtype, device)
 
-    def push(self, gradient: Tensor, row: Tensor, accept: Tensor) -> Tensor:
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, out: Tensor) -> None:
         in_place = self.residual.dtype is torch.float32
         summed = (self.residual if in_place else self.residual.float()).add_(gradient)
         chosen = summed.abs().topk(self.k, sorted=False).indices
@@ -182,18 +176,17 @@ class GlobalTopKWindow:
         values = torch.where(accept, stored, self.values[row])
         self.indices.index_copy_(0, row[None], indices[None])
         self.values.index_copy_(0, row[None], values[None])
-        return torch.zeros_like(summed).scatter_(0, chosen, stored.float())
+        out.zero_().scatter_(0, chosen, stored.float())
 
     def dots(self, x: Tensor) -> Tensor:
         x = x.double()
         dots = [values.double() @ x[indices] for indices, values in zip(self.indices, self.values, strict=True)]
         return torch.stack(dots)
 
-    def combine(self, coefficients: Tensor) -> Tensor:
-        out = self.layout.zeros(torch.float32, self.values.device)
+    def combine(self, coefficients: Tensor, out: Tensor) -> None:
+        out.zero_()
         for indices, values, weight in zip(self.indices, self.values, coefficients.float(), strict=True):
             out.index_add_(0, indices, values.float() * weight)
-        return out
 
     def buffers(self) -> dict[str, list[Tensor]]:
         return {"residual": self.layout.split(self.residual)}

@@ -3,6 +3,6 @@
 `torch_ops` is the definition; every other backend must equal it to rounding.
 """
 
-from hf_efcp.ops.torch_ops import block_topk, window_combine_, window_dots
+from hf_efcp.ops.torch_ops import accumulate_topk_, window_combine_, window_dots
 
-__all__ = ["block_topk", "window_combine_", "window_dots"]
+__all__ = ["accumulate_topk_", "window_combine_", "window_dots"]

@@ -15,35 +15,70 @@ from torch import Tensor
 
 # Entries per pass of a window: temporaries of a few megabytes stay in the last-level cache and in malloc's
 # free list. One call over a whole window of 10M entries is 5 times slower, all of it page faults.
-_CHUNK = 1 << 18
-
-_GROUP = 8  # entries per group in the two-stage selection
+_CHUNK = 1 << 17
 
 
 def block_topk(x: Tensor, k: int) -> Tensor:
-    """Indices of the `k` largest magnitudes of each row of `x`.
+    """Indices of the `k` largest magnitudes of each row of `x`, exactly.
 
     Args:
-        x: (B, block_size), finite.
+        x: (B, block_size) float32, finite.
         k: entries kept, 1 ≤ k ≤ block_size.
 
     Returns:
         (B, k) int64, unordered; among equal magnitudes any may be chosen.
-
-    Where blocks are large, the selection has two exact stages: at most `k` groups can hold one of the `k`
-    largest entries, and they are among the `k` groups with the largest maxima.
     """
-    n_blocks, block_size = x.shape
-    magnitude = x.abs()
-    n_groups = block_size // _GROUP
-    if block_size % _GROUP or k * 2 > n_groups:
-        return magnitude.topk(k, dim=1, sorted=False).indices
-    maxima = magnitude.view(n_blocks, _GROUP, n_groups).amax(1)  # group g holds entries g, g + n_groups, …
+    # The bits of non-negative floats order as the floats do, and integers compare without a test for NaN.
+    return _largest(x.abs().view(torch.int32), k)
+
+
+def _largest(keys: Tensor, k: int) -> Tensor:
+    """Top-k of each row by stages: the `k` largest entries lie in the `k` groups with the largest maxima."""
+    n_rows, n = keys.shape
+    group = 16 if n >= 32 * k and n % 16 == 0 else 4
+    n_groups = n // group
+    selects_few = n < 1024 and n >= 64 * k  # there torch's partial sort wins
+    if n % group or n_groups < 2 * k or selects_few:
+        return keys.topk(k, dim=1, sorted=False).indices
+    maxima = keys.view(n_rows, group, n_groups).amax(1)  # group i holds entries i, i + n_groups, …
     groups = maxima.topk(k, dim=1, sorted=False).indices
-    stride = torch.arange(_GROUP, device=x.device) * n_groups
-    candidates = (groups[:, None, :] + stride[None, :, None]).view(n_blocks, _GROUP * k)
-    chosen = magnitude.gather(1, candidates).topk(k, dim=1, sorted=False).indices
-    return candidates.gather(1, chosen)
+    stride = torch.arange(0, n, n_groups, device=keys.device)
+    candidates = (groups[:, None, :] + stride[None, :, None]).view(n_rows, group * k)
+    return candidates.gather(1, _largest(keys.gather(1, candidates), k))
+
+
+def accumulate_topk_(
+    residual: Tensor, gradient: Tensor, k: int, value_dtype: torch.dtype, accept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`residual += gradient`, then take the `k` largest magnitudes of each block out of it.
+
+    What is taken is what is stored: the rounding of the values to `value_dtype` stays in the residual.
+
+    Args:
+        residual: (B, block_size), changed in place; sums are float32 whatever its dtype.
+        gradient: (B, block_size) float32.
+        accept: () bool; where false, the gradient is zero and the residual stays as it is.
+
+    Returns:
+        `indices` (B, k) int64 and `values` (B, k) of `value_dtype`.
+    """
+    n_blocks, block_size = residual.shape
+    indices = torch.empty(n_blocks, k, dtype=torch.int64, device=residual.device)
+    values = torch.empty(n_blocks, k, dtype=value_dtype, device=residual.device)
+    per_chunk = max(1, _CHUNK // block_size)
+    for start in range(0, n_blocks, per_chunk):
+        part = slice(start, start + per_chunk)
+        if residual.dtype is torch.float32:
+            summed = residual[part].add_(gradient[part])
+        else:
+            summed = residual[part].float().add_(gradient[part])
+        chosen = block_topk(summed, k)
+        taken = summed.gather(1, chosen).to(value_dtype)
+        summed.scatter_add_(1, chosen, taken.float() * -accept.float())
+        if residual.dtype is not torch.float32:
+            residual[part].copy_(summed)
+        indices[part], values[part] = chosen, taken
+    return indices, values
 
 
 def window_dots(indices: Tensor, values: Tensor, x: Tensor) -> Tensor:
@@ -59,7 +94,7 @@ def window_dots(indices: Tensor, values: Tensor, x: Tensor) -> Tensor:
         sum leaves it indefinite once `m·damping` is below 1e-7 of a squared norm.
     """
     n_blocks, window, k = indices.shape
-    per_chunk = max(1, min(n_blocks, _CHUNK // (window * k)))
+    per_chunk = max(1, _CHUNK // max(window * k, x.shape[1]))
     total = torch.zeros(window, dtype=torch.float64, device=x.device)
     multiply = _csr_dots if x.device.type == "cpu" and torch.backends.mkl.is_available() else _gather_dots
     for start in range(0, n_blocks, per_chunk):
@@ -105,7 +140,7 @@ def window_combine_(out: Tensor, indices: Tensor, values: Tensor, coefficients: 
         coefficients: (m,), cast to float32.
     """
     n_blocks, window, k = indices.shape
-    per_chunk = max(1, min(n_blocks, _CHUNK // (window * k)))
+    per_chunk = max(1, _CHUNK // max(window * k, out.shape[1]))
     weights = coefficients.to(torch.float32)[:, None]
     for start in range(0, n_blocks, per_chunk):
         part = slice(start, start + per_chunk)

@@ -87,6 +87,10 @@ class EfcpOptimizer(Optimizer):
         self.defaults.update({n: self.param_groups[0][n] for n in self.defaults.keys() - {"lr", "weight_decay"}})
         self._adopt_state()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it to the defaults and not to the groups
+
     def _tell_replaced_options(self, saved: dict[str, Any]) -> None:
         for name in sorted(self.defaults.keys() - {"lr", "weight_decay"}):
             if saved[name] != self.defaults[name]:

@@ -132,13 +132,27 @@ class WindowOptimizer(EfcpOptimizer):
         shared = self.state[self._parameters()[0]]
         gradients = [segment.flat_gradient() for segment in segments]
         accept = self._acceptable(gradients, shared)
-        # A NaN that is multiplied away stays NaN; it must be replaced.
-        gradients = [torch.where(accept.to(gradient.device), gradient, 0.0) for gradient in gradients]
-        updates = self._precondition(segments, shared, gradients, accept)
+        if self._rejects(accept):
+            return loss
+        updates = self._precondition(segments, shared, self._zero_unless_(accept, gradients), accept)
         shared["step"] += accept
         accept = self._finite(updates, accept, shared)
-        self._apply(self._scaled(updates, segments, shared, accept), segments, accept)
+        if not self._rejects(accept):
+            self._apply(self._scaled(updates, segments, shared, accept), segments, accept)
         return loss
+
+    def _reads_flags(self, device: torch.device) -> bool:
+        """Whether the host may branch on a flag of the device: elsewhere it would wait, and masks do the work."""
+        return device.type == "cpu"
+
+    def _rejects(self, accept: Tensor) -> bool:
+        return self._reads_flags(accept.device) and not accept
+
+    def _zero_unless_(self, accept: Tensor, vectors: list[Tensor]) -> list[Tensor]:
+        if not self._reads_flags(accept.device):
+            for vector in vectors:  # a NaN that is multiplied away stays NaN; it must be replaced
+                torch.where(accept.to(vector.device), vector, 0.0, out=vector)
+        return vectors
 
     def _has_gradients(self) -> bool:
         found = False
@@ -166,24 +180,23 @@ class WindowOptimizer(EfcpOptimizer):
     ) -> list[Tensor]:
         device = accept.device
         row = shared["step"] % self.defaults["window"]
-        newest = [
-            segment.window.push(gradient, row.to(segment.device), accept.to(segment.device))
-            for segment, gradient in zip(segments, gradients, strict=True)
-        ]
+        whole = self.defaults["precondition"] == "gradient" and self.defaults["compression"] != "none"
+        newest = [torch.empty_like(gradient) for gradient in gradients] if whole else gradients
+        for segment, gradient, out in zip(segments, gradients, newest, strict=True):
+            segment.window.push(gradient, row.to(segment.device), accept.to(segment.device), out)
         gram = shared["gram"]
         dots = torch.where(accept, self._dots(segments, newest, device), gram[row])
         change = dots - gram[row]
         gram.index_copy_(0, row[None], dots[None])
         gram.index_copy_(1, row[None], dots[:, None])
         self._follow_gram(shared, row, change)
-        whole = self.defaults["precondition"] == "gradient" and self.defaults["compression"] != "none"
-        targets = gradients if whole else newest
-        coefficients, weight = self._solve(shared, row, self._dots(segments, targets, device) if whole else None)
-        updates = []
-        for segment, target in zip(segments, targets, strict=True):
-            update = segment.window.combine(coefficients.to(segment.device))
-            updates.append(update if weight is None else update.add_(target * weight.to(segment.device, update.dtype)))
-        return updates
+        dots = self._dots(segments, gradients, device) if whole else None
+        coefficients, weight = self._solve(shared, row, dots)
+        for segment, gradient, update in zip(segments, gradients, newest, strict=True):
+            segment.window.combine(coefficients.to(segment.device), update)
+            if whole:
+                update.addcmul_(gradient, weight.to(segment.device, update.dtype))
+        return newest
 
     def _dots(self, segments: list[Segment], vectors: list[Tensor], device: torch.device) -> Tensor:
         parts = [segment.window.dots(x).to(device) for segment, x in zip(segments, vectors, strict=True)]
@@ -200,7 +213,7 @@ class WindowOptimizer(EfcpOptimizer):
     ) -> list[Tensor]:
         """Momentum and scaling: the updates as they are applied. Zero where the step is not accepted."""
         options = self.defaults
-        updates = [torch.where(accept.to(update.device), update, 0.0) for update in updates]
+        self._zero_unless_(accept, updates)
         if options["scaling"] == "adam":
             adam_(updates, segments, shared["step"], accept, beta1=options["momentum"], beta2=options["beta2"])
         elif options["momentum"]:
@@ -208,7 +221,7 @@ class WindowOptimizer(EfcpOptimizer):
                 keep = accept.to(segment.device)
                 buffer = segment.moments["momentum"]
                 buffer.mul_(torch.where(keep, options["momentum"], 1.0).to(buffer.dtype)).add_(updates[i])
-                updates[i] = torch.where(keep, buffer, 0.0)
+                torch.where(keep, buffer, 0.0, out=updates[i])
         if options["scaling"] == "rms":
             rms_(updates, segments, options["update_rms"])
         elif options["scaling"] == "layer_rms":
