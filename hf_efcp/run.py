@@ -1,0 +1,145 @@
+"""Run an unmodified Hugging Face script with the optimizers of hf_efcp.
+
+    python -m hf_efcp.run [options] script.py [its arguments]
+    python -m hf_efcp.run [options] -m module [its arguments]
+    torchrun --nproc_per_node 2 -m hf_efcp.run [options] script.py …
+    accelerate launch -m hf_efcp.run [options] script.py …
+
+The script's `--optim` then takes every name that `--list` prints, and `--optim_args` their options.
+
+options:
+  --list                     print the optimizers and leave
+  --explain NAME             print the options of an optimizer and leave
+  --patch-adamw NAME[:k=v,…] replace torch.optim.AdamW by this optimizer, for scripts without a Trainer; learning
+                             rate, weight decay and parameter groups stay the script's
+  --trainer efcp             the default: transformers.Trainer is hf_efcp.train.EfcpTrainer, which restores renamed
+                             weights (a ViT's encoder) when it resumes and writes the optimizer into the model card
+  --trainer transformers     leave transformers.Trainer as it is
+  --help                     print this and leave
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from hf_efcp.optim.options import closest
+
+_OPTIONS = ("--list", "--explain", "--patch-adamw", "--trainer", "--help", "-h", "-m")
+
+
+@dataclass
+class Command:
+    """A parsed command line of the launcher."""
+
+    texts: list[Callable[[], str]] = field(default_factory=list)
+    patch_adamw: str | None = None
+    trainer: str | None = None
+    module: bool = False
+    script: list[str] = field(default_factory=list)
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Read launcher options up to the script; what follows is the script's. Raises `ValueError`."""
+    command, words = Command(), list(argv)
+    while words and words[0].startswith("-") and not command.module:
+        name, equals, value = words.pop(0).partition("=")
+        if name not in _OPTIONS:
+            raise ValueError(f"no launcher option `{name}`.{closest(name, _OPTIONS)} Options of the script follow it.")
+        if name in ("--explain", "--patch-adamw", "--trainer") and not equals:
+            if not words:
+                raise ValueError(f"`{name}` needs a value.")
+            value = words.pop(0)
+        if name == "--list":
+            command.texts.append(_list_text)
+        elif name == "--explain":
+            command.texts.append(lambda optimizer=value: _explain_text(optimizer))
+        elif name in ("--help", "-h"):
+            command.texts.append(lambda: __doc__)
+        elif name == "--patch-adamw":
+            command.patch_adamw = value
+        elif name == "--trainer":
+            if value not in ("efcp", "transformers"):
+                raise ValueError(f"`--trainer` must be efcp or transformers, got {value!r}.")
+            command.trainer = value
+        else:
+            command.module = True
+    command.script = words
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line; errors of the launcher itself leave with status 2."""
+    try:
+        command = parse(sys.argv[1:] if argv is None else argv)
+        if command.texts:
+            print("\n\n".join(text() for text in command.texts))
+            return
+        _check_script(command)
+        _prepare(command)
+    except (ValueError, TypeError, RuntimeError) as error:
+        sys.stderr.write(f"hf_efcp.run: {error}\n")
+        raise SystemExit(2) from None
+    _run(command)
+    _leave_process_group()
+
+
+def _check_script(command: Command) -> None:
+    if not command.script:
+        what = "a module after -m" if command.module else "a script"
+        raise ValueError(f"give {what} to run, or --list. --help shows how.")
+    path = command.script[0]
+    if not command.module and not os.path.isfile(path):
+        raise ValueError(f"no file {path!r} in {os.getcwd()}. Launcher options come before the script.")
+
+
+def _prepare(command: Command) -> None:
+    if command.patch_adamw is not None:
+        from hf_efcp.adamw_patch import patch_adamw
+
+        patch_adamw(command.patch_adamw)
+    if importlib.util.find_spec("transformers") is None:
+        if command.trainer is not None:
+            raise ValueError("`--trainer` needs transformers: pip install 'hf-efcp[hf]'.")
+        return
+    import hf_efcp.train
+
+    if command.trainer != "transformers":
+        hf_efcp.train.replace_trainer()
+
+
+def _run(command: Command) -> None:
+    sys.argv[:] = command.script
+    if command.module:
+        runpy.run_module(command.script[0], run_name="__main__", alter_sys=True)
+    else:
+        # As `python script.py` does: example scripts import their neighbours.
+        sys.path.insert(0, os.path.dirname(os.path.abspath(command.script[0])))
+        runpy.run_path(command.script[0], run_name="__main__")
+
+
+def _leave_process_group() -> None:
+    """Gloo may abort an interpreter that ends with an open process group, after all the work is done."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _list_text() -> str:
+    from hf_efcp.cli import list_text
+
+    return list_text()
+
+
+def _explain_text(name: str) -> str:
+    from hf_efcp.cli import explain_text
+
+    return explain_text(name)
+
+
+if __name__ == "__main__":
+    main()

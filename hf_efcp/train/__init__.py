@@ -1,0 +1,18 @@
+"""Hugging Face Trainer: importing this package registers every optimizer of `hf_efcp` as a value of `--optim`."""
+
+try:
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "hf_efcp.train needs transformers: pip install 'hf-efcp[hf]'. The optimizers alone, hf_efcp.optim, do not."
+    ) from error
+
+from hf_efcp.train.registration import register_optimizers
+
+register_optimizers()
+
+from hf_efcp.train.arguments import EfcpTrainingArguments  # noqa: E402  (its default is a registered name)
+from hf_efcp.train.callbacks import EfcpCallback  # noqa: E402
+from hf_efcp.train.trainer import EfcpTrainer, replace_trainer  # noqa: E402
+
+__all__ = ["EfcpCallback", "EfcpTrainer", "EfcpTrainingArguments", "register_optimizers", "replace_trainer"]

@@ -1,0 +1,49 @@
+"""Training arguments with one of this package's optimizers as the default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_efcp.optim.optim_args import format_optim_args, parse_optim_args
+from hf_efcp.optim.registry import get_spec, list_optimizers
+from hf_efcp.train.registration import resolve_for_trainer
+
+
+@dataclass
+class EfcpTrainingArguments(TrainingArguments):
+    """`TrainingArguments` whose options of the optimizer may be a dict, and are checked before any data is loaded.
+
+    Args:
+        optim (`str`, *optional*, defaults to `"efcp_mfac"`):
+            The optimizer: a name of `hf_efcp.list_optimizers()`, or one of transformers' own.
+        optim_args (`str` or `dict`, *optional*):
+            Its options, as `hf-efcp explain NAME` lists them: a dict in code, `name=value,name=value` or a JSON
+            object on a command line. A dict is kept as its JSON text.
+    """
+
+    optim: OptimizerNames | str = field(
+        default="efcp_mfac", metadata={"help": "The optimizer to use. `hf-efcp list` prints those of hf_efcp."}
+    )
+    optim_args: dict | str | None = field(
+        default=None,
+        metadata={"help": "Options of the optimizer: name=value,name=value or a JSON object; see `hf-efcp explain`."},
+    )
+
+    def __post_init__(self):
+        if isinstance(self.optim_args, Mapping):
+            self.optim_args = format_optim_args(self.optim_args)
+        super().__post_init__()
+        name = self.optim.value
+        if name in list_optimizers():
+            resolve_for_trainer(get_spec(name), self.learning_rate, parse_optim_args(self.optim_args))
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        # `training_args.bin` goes to the Hub with the model and must load where this package is not installed.
+        plain = object.__new__(TrainingArguments)
+        plain.__dict__.update(self.__dict__)
+        return plain.__reduce_ex__(1)  # the newer protocols insist on the object's own class

@@ -1,0 +1,102 @@
+"""Metrics of the optimizer in Trainer's logs, and tags on the model, in scripts that know nothing of this package."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from hf_efcp.optim.base import EfcpOptimizer
+
+logger = logging.getLogger(__name__)
+
+TAG = "hf-efcp"
+PREFIX = "optim_"
+
+
+class EfcpCallback(TrainerCallback):
+    """Adds `optimizer.metrics()` to the log entries of training; does nothing with other optimizers.
+
+    Registration appends it to transformers' default callbacks, which run before those that report to
+    TensorBoard and the like. Reading metrics waits for the device, so it happens at logging steps alone; all
+    processes take part.
+    """
+
+    def __init__(self):
+        self._skipped = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer, model = _own(kwargs.get("optimizer")), kwargs.get("model")
+        if optimizer is None:
+            return
+        self._skipped = optimizer.skipped_steps
+        if hasattr(model, "add_model_tags"):
+            model.add_model_tags([TAG, optimizer_name(args, optimizer)])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = _own(kwargs.get("optimizer"))
+        if hasattr(optimizer, "record_metrics"):
+            optimizer.record_metrics = will_log(args, state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        optimizer = _own(kwargs.get("optimizer"))
+        if optimizer is None or logs is None or "loss" not in logs:
+            return
+        metrics = {f"{PREFIX}{name}": value for name, value in optimizer.metrics().items()}
+        logs.update(metrics)
+        # Trainer has put a copy of the entry into its history before it calls.
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(metrics)
+        self._report_skipped(optimizer.skipped_steps, state)
+
+    def _report_skipped(self, skipped: int, state: TrainerState) -> None:
+        if skipped > self._skipped and state.is_world_process_zero:
+            logger.warning(
+                "%d of the steps up to %d were left out because a gradient or an update was not finite (%d in all).",
+                skipped - self._skipped,
+                state.global_step,
+                skipped,
+            )
+        self._skipped = skipped
+
+
+def will_log(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether Trainer may log after the step that begins now."""
+    step = state.global_step + 1
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return step % state.logging_steps == 0
+    # The end of an epoch is not known from here.
+    return args.logging_strategy == IntervalStrategy.EPOCH
+
+
+def optimizer_name(args: TrainingArguments, optimizer: Optimizer) -> str:
+    """The name that `--optim` had, or that of the class where it was built in code."""
+    from hf_efcp.optim.registry import get_spec, list_optimizers
+
+    name = str(getattr(args.optim, "value", args.optim))
+    is_registered = name in list_optimizers() and isinstance(optimizer, get_spec(name).cls)
+    return name if is_registered else type(optimizer).__name__.lower()
+
+
+def _own(optimizer: Any) -> EfcpOptimizer | None:
+    while not isinstance(optimizer, EfcpOptimizer):
+        if not hasattr(optimizer, "optimizer"):
+            return None
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,73 @@
+"""Trainer, with what an optimizer of this package needs and resume that restores every weight."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from hf_efcp.train.resume import load_converted, refuse_lost_parameters
+
+
+class EfcpTrainer(Trainer):
+    """A `Trainer` that differs in two things, whatever the optimizer.
+
+    - Resuming, and loading the best model at the end, restores weights that are saved under other names than the
+      model's, a ViT's encoder among them (see `hf_efcp.train.resume`). Resuming with a parameter that the
+      checkpoint does not hold is an error, as it would go on from random values.
+    - The model card says which optimizer trained the model, with what options and at what cost.
+
+    Metrics of the optimizer come into the logs of any Trainer by `EfcpCallback`, which importing `hf_efcp.train`
+    registers. Decay groups, clipping, scheduling and evaluation are Trainer's. `max_grad_norm` (1.0 by default)
+    clips gradients before the optimizer sees them, so a window holds clipped gradients; 0 turns it off.
+    """
+
+    _loading: tuple[str, bool] | None = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with self._restoring(resume_from_checkpoint, refuses_losses=True):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        # At the end of a run of hours a loss is told, not raised: the last weights are still to be saved.
+        with self._restoring(self.state.best_model_checkpoint, refuses_losses=False):
+            super()._load_best_model()
+
+    @contextlib.contextmanager
+    def _restoring(self, folder: str, *, refuses_losses: bool) -> Iterator[None]:
+        self._loading = (folder, refuses_losses)
+        try:
+            yield
+        finally:
+            self._loading = None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Trainer calls this with the names that its plain `load_state_dict` left out."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if load_result.missing_keys and self._loading is not None and isinstance(model, PreTrainedModel):
+            folder, refuses_losses = self._loading
+            load_result = load_converted(model, folder)
+            if refuses_losses:
+                refuse_lost_parameters(model, load_result, folder)
+        super()._issue_warnings_after_load(load_result)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write Trainer's card, then this package's part of it."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and importlib.util.find_spec("hf_efcp.train.model_card"):
+            from hf_efcp.train.model_card import write_model_card
+
+            write_model_card(self)
+
+
+def replace_trainer() -> None:
+    """Make `transformers.Trainer` this class, for scripts and libraries that import it from now on."""
+    import transformers
+    from transformers import trainer
+
+    # The package fills its names in on first use, and Seq2SeqTrainer derives from the one in its own module.
+    transformers.Trainer = trainer.Trainer = EfcpTrainer
