@@ -2,7 +2,7 @@
 
 All three speak one language, in flat vectors of their layout:
 
-    push     row j of G ← compress(residual + g);  residual ← residual + g − row
+    push     row j of G ← compress(residual + g);  residual ← residual + g − row;  the new row of GGᵀ
     dots     G x, (m,) float64, the only thing that crosses devices
     combine  Gᵀ coefficients
 
@@ -29,8 +29,11 @@ class Window(Protocol):
 
     layout: Layout
 
-    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, out: Tensor) -> None:
-        """Replace row `row` (() int64) and write it to `out`, dense (size,) float32, which may be `gradient`."""
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, scratch: Tensor) -> Tensor:
+        """Replace row `row` (() int64) and return its inner products with all rows, (m,) float64.
+
+        `gradient` and `scratch` are (size,) float32 and may be the same; what stands in `scratch` is lost.
+        """
 
     def dots(self, x: Tensor) -> Tensor:
         """`G x` for a (size,) float32 vector: (m,) float64."""
@@ -53,10 +56,10 @@ class DenseWindow:
         self.values = torch.zeros(window, layout.size, dtype=value_dtype, device=device)
         self._piece = max(1, (1 << 19) // window)  # columns that stay in cache while they are cast
 
-    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, out: Tensor) -> None:
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, scratch: Tensor) -> Tensor:
         stored = gradient.to(self.values.dtype)
         self.values.index_copy_(0, row[None], torch.where(accept, stored, self.values[row])[None])
-        out.copy_(stored)
+        return self.dots(scratch.copy_(stored))
 
     def dots(self, x: Tensor) -> Tensor:
         total = torch.zeros(len(self.values), dtype=torch.float64, device=x.device)
@@ -114,14 +117,15 @@ class BlockTopKWindow:
     def _blocks(self, flat: Tensor) -> Tensor:
         return flat.view(self.layout.n_blocks, self.layout.block_size)
 
-    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, out: Tensor) -> None:
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, scratch: Tensor) -> Tensor:
         residual, gradient = self._blocks(self.residual), self._blocks(gradient)
         chosen, stored = ops.accumulate_topk_(residual, gradient, self.k, self.values.dtype, accept)
-        self._blocks(out.zero_()).scatter_(1, chosen, stored.float())
+        newest = self._blocks(scratch.zero_()).scatter_(1, chosen, stored.float())
         old_indices, old_values = self.indices[:, row], self.values[:, row]
         indices = torch.where(accept, chosen.to(old_indices.dtype), old_indices)
         self.indices.index_copy_(1, row[None], indices[:, None])
         self.values.index_copy_(1, row[None], torch.where(accept, stored, old_values)[:, None])
+        return ops.window_dots(self.indices, self.values, newest)
 
     def dots(self, x: Tensor) -> Tensor:
         return ops.window_dots(self.indices, self.values, self._blocks(x))
@@ -164,7 +168,7 @@ class GlobalTopKWindow:
         self.values = torch.zeros(window, self.k, dtype=value_dtype, device=device)
         self.residual = layout.zeros(residual_dtype, device)
 
-    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, out: Tensor) -> None:
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, scratch: Tensor) -> Tensor:
         in_place = self.residual.dtype is torch.float32
         summed = (self.residual if in_place else self.residual.float()).add_(gradient)
         chosen = summed.abs().topk(self.k, sorted=False).indices
@@ -176,7 +180,7 @@ class GlobalTopKWindow:
         values = torch.where(accept, stored, self.values[row])
         self.indices.index_copy_(0, row[None], indices[None])
         self.values.index_copy_(0, row[None], values[None])
-        out.zero_().scatter_(0, chosen, stored.float())
+        return self.dots(scratch.zero_().scatter_(0, chosen, stored.float()))
 
     def dots(self, x: Tensor) -> Tensor:
         x = x.double()

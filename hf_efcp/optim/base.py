@@ -52,7 +52,10 @@ class EfcpOptimizer(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _adopt_state(self) -> None:
-        """Take the tensors in `self.state` as the state; called after loading."""
+        """Make the tensors in `self.state` this optimizer's own; called after loading, when they may be another's."""
+        for state in self.state.values():
+            for name, value in state.items():
+                state[name] = value.clone() if isinstance(value, Tensor) else value
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that `state_dict()` made, every tensor in its saved dtype, on its parameter's device.

@@ -121,3 +121,8 @@ class MFAC(WindowOptimizer):
             # An empty window has no eigenvalue to be relative to; its gradient is zero, and so is the update.
             return (damping * mean_eigenvalue(gram)).clamp_min(1e-60)
         return damping
+
+    def _condition(self, eigenvalues: Tensor) -> Tensor:
+        m = len(eigenvalues)
+        shift = m * self._damping(torch.diag(eigenvalues))
+        return (eigenvalues[-1] + shift) / (eigenvalues[0] + shift)

@@ -22,7 +22,10 @@ class WindowOptimizer(EfcpOptimizer):
     what the whole model shares. The first parameter's device holds these.
     """
 
+    record_metrics = False  # whether a step keeps the norms of its gradient and update for `metrics()`
+
     _segments: list[Segment] | None = None
+    _norms: dict[str, Tensor] | None = None
 
     def _solve(self, shared: dict[str, Tensor], row: Tensor, dots: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weights of the rows and of `x` itself in the preconditioned gradient.
@@ -132,13 +135,18 @@ class WindowOptimizer(EfcpOptimizer):
         shared = self.state[self._parameters()[0]]
         gradients = [segment.flat_gradient() for segment in segments]
         accept = self._acceptable(gradients, shared)
+        if self.record_metrics:
+            self._norms = {"gradient_norm": _norm(gradients, accept.device)}
         if self._rejects(accept):
             return loss
         updates = self._precondition(segments, shared, self._zero_unless_(accept, gradients), accept)
         shared["step"] += accept
         accept = self._finite(updates, accept, shared)
         if not self._rejects(accept):
-            self._apply(self._scaled(updates, segments, shared, accept), segments, accept)
+            updates = self._scaled(updates, segments, shared, accept)
+            self._apply(updates, segments, accept)
+        if self.record_metrics:
+            self._norms["update_norm"] = _norm(updates, accept.device)
         return loss
 
     def _reads_flags(self, device: torch.device) -> bool:
@@ -181,26 +189,26 @@ class WindowOptimizer(EfcpOptimizer):
         device = accept.device
         row = shared["step"] % self.defaults["window"]
         whole = self.defaults["precondition"] == "gradient" and self.defaults["compression"] != "none"
-        newest = [torch.empty_like(gradient) for gradient in gradients] if whole else gradients
-        for segment, gradient, out in zip(segments, gradients, newest, strict=True):
-            segment.window.push(gradient, row.to(segment.device), accept.to(segment.device), out)
+        scratch = [torch.empty_like(gradient) for gradient in gradients] if whole else gradients
+        parts = [
+            segment.window.push(gradient, row.to(segment.device), accept.to(segment.device), out).to(device)
+            for segment, gradient, out in zip(segments, gradients, scratch, strict=True)
+        ]
         gram = shared["gram"]
-        dots = torch.where(accept, self._dots(segments, newest, device), gram[row])
-        change = dots - gram[row]
-        gram.index_copy_(0, row[None], dots[None])
-        gram.index_copy_(1, row[None], dots[:, None])
+        products = torch.where(accept, sum(parts), gram[row])
+        change = products - gram[row]
+        gram.index_copy_(0, row[None], products[None])
+        gram.index_copy_(1, row[None], products[:, None])
         self._follow_gram(shared, row, change)
-        dots = self._dots(segments, gradients, device) if whole else None
+        dots = None
+        if whole:
+            dots = sum(s.window.dots(x).to(device) for s, x in zip(segments, gradients, strict=True))
         coefficients, weight = self._solve(shared, row, dots)
-        for segment, gradient, update in zip(segments, gradients, newest, strict=True):
+        for segment, gradient, update in zip(segments, gradients, scratch, strict=True):
             segment.window.combine(coefficients.to(segment.device), update)
             if whole:
                 update.addcmul_(gradient, weight.to(segment.device, update.dtype))
-        return newest
-
-    def _dots(self, segments: list[Segment], vectors: list[Tensor], device: torch.device) -> Tensor:
-        parts = [segment.window.dots(x).to(device) for segment, x in zip(segments, vectors, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return scratch
 
     def _finite(self, updates: list[Tensor], accept: Tensor, shared: dict[str, Tensor]) -> Tensor:
         """`accept`, less the case of an update that overflowed."""
@@ -243,3 +251,29 @@ class WindowOptimizer(EfcpOptimizer):
                 for parameter in params:
                     parameter.mul_(factor.to(parameter.device))
             torch._foreach_add_(params, [update_of[p] for p in params], alpha=-lr)
+
+    # ---------------------------------------------------------------- metrics
+
+    def _condition(self, eigenvalues: Tensor) -> Tensor:
+        """Condition number of the system that `_solve` solves, from the (m,) eigenvalues of `GGᵀ`."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, float]:
+        """`EfcpOptimizer.metrics`, with norms of residual, gradient and update, and the system's condition.
+
+        Norms of gradient and update are those of the last step taken with `record_metrics` true.
+        """
+        figures = super().metrics()
+        if not self._segments:
+            return figures
+        shared = self.state[self._parameters()[0]]
+        residuals = [state["residual"].float() for state in self.state.values() if "residual" in state]
+        tensors = dict(self._norms or {})
+        if residuals:
+            tensors["residual_norm"] = _norm(residuals, shared["gram"].device)
+        tensors["system_condition"] = self._condition(torch.linalg.eigvalsh(shared["gram"]).clamp_min(0))
+        return {**figures, **{name: float(value) for name, value in tensors.items()}}
+
+
+def _norm(vectors: list[Tensor], device: torch.device) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(v, dtype=torch.float64).to(device) for v in vectors]).norm()
