@@ -229,7 +229,7 @@ class WindowOptimizer(EfcpOptimizer):
                 keep = accept.to(segment.device)
                 buffer = segment.moments["momentum"]
                 buffer.mul_(torch.where(keep, options["momentum"], 1.0).to(buffer.dtype)).add_(updates[i])
-                torch.where(keep, buffer, 0.0, out=updates[i])
+                torch.where(keep, buffer, buffer.new_zeros(()), out=updates[i])
         if options["scaling"] == "rms":
             rms_(updates, segments, options["update_rms"])
         elif options["scaling"] == "layer_rms":
