@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Train a small ViT on handwritten digits with AdamW and with a second-order optimizer, and compare them.
+# Arguments go to demo.py; `scripts/demo.sh --help` lists them.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+environment hf
+exec python scripts/demo.py "$@"
