@@ -82,6 +82,7 @@ def write_model_card(
     card = ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
+        title=name,
         architecture=type(trainer.model).__name__,
         base_model=metadata.base_model,
         dataset_names=[d["name"] for d in data_sets],

@@ -75,6 +75,11 @@ def test_metadata_is_what_the_hub_reads(card):
     assert data.base_model is None
 
 
+def test_title_is_the_folder_or_the_given_name(card):
+    assert card().text.lstrip().startswith("# tiny-digits\n")
+    assert card(model_name="digits-vit").text.lstrip().startswith("# digits-vit\n")
+
+
 def test_model_index_is_the_last_evaluation(trainer, card):
     data = card(dataset="scikit-learn digits").data
     last = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry][-1]
