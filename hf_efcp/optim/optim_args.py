@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 
 def parse_optim_args(text: str | None) -> dict[str, str]:
     """Options and their values, as words.
@@ -28,7 +30,11 @@ def parse_optim_args(text: str | None) -> dict[str, str]:
 
 def format_optim_args(options: Mapping[str, Any]) -> str:
     """The text that `parse_optim_args` reads as these options."""
-    return json.dumps({name: str(value) if _is_dtype(value) else value for name, value in options.items()})
+    words = {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in options.items()
+    }
+    return json.dumps(words)
 
 
 def _pair(item: str, text: str) -> tuple[str, str]:
@@ -56,7 +62,3 @@ def _json_pairs(text: str) -> list[tuple[str, str]]:
         if isinstance(value, list):
             raise ValueError(f"`optim_args` must be a flat JSON object; `{name}` holds {json.dumps(value)}.")
     return [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in pairs]
-
-
-def _is_dtype(value: Any) -> bool:
-    return type(value).__module__ == "torch"

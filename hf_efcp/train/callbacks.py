@@ -10,10 +10,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_efcp.optim.base import EfcpOptimizer
+from hf_efcp.optim.registry import get_spec, list_optimizers
 
 logger = logging.getLogger(__name__)
 
-TAG = "hf-efcp"
+TAG = "hf_efcp"
 PREFIX = "optim_"
 
 
@@ -31,7 +32,7 @@ class EfcpCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer, model = _own(kwargs.get("optimizer")), kwargs.get("model")
+        optimizer, model = own_optimizer(kwargs.get("optimizer")), kwargs.get("model")
         if optimizer is None:
             return
         self._skipped = optimizer.skipped_steps
@@ -41,7 +42,7 @@ class EfcpCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = _own(kwargs.get("optimizer"))
+        optimizer = own_optimizer(kwargs.get("optimizer"))
         if hasattr(optimizer, "record_metrics"):
             optimizer.record_metrics = will_log(args, state)
 
@@ -53,7 +54,7 @@ class EfcpCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        optimizer = _own(kwargs.get("optimizer"))
+        optimizer = own_optimizer(kwargs.get("optimizer"))
         if optimizer is None or logs is None or "loss" not in logs:
             return
         metrics = {f"{PREFIX}{name}": value for name, value in optimizer.metrics().items()}
@@ -87,14 +88,13 @@ def will_log(args: TrainingArguments, state: TrainerState) -> bool:
 
 def optimizer_name(args: TrainingArguments, optimizer: Optimizer) -> str:
     """The name that `--optim` had, or that of the class where it was built in code."""
-    from hf_efcp.optim.registry import get_spec, list_optimizers
-
     name = str(getattr(args.optim, "value", args.optim))
     is_registered = name in list_optimizers() and isinstance(optimizer, get_spec(name).cls)
     return name if is_registered else type(optimizer).__name__.lower()
 
 
-def _own(optimizer: Any) -> EfcpOptimizer | None:
+def own_optimizer(optimizer: Any) -> EfcpOptimizer | None:
+    """The optimizer of this package inside accelerate's wrapper, or `None` where there is none."""
     while not isinstance(optimizer, EfcpOptimizer):
         if not hasattr(optimizer, "optimizer"):
             return None

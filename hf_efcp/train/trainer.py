@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from hf_efcp.train.callbacks import own_optimizer
+from hf_efcp.train.model_card import write_model_card
 from hf_efcp.train.resume import load_converted, refuse_lost_parameters
 
 
 class EfcpTrainer(Trainer):
-    """A `Trainer` that differs in two things, whatever the optimizer.
+    """A `Trainer` that differs in two things.
 
     - Resuming, and loading the best model at the end, restores weights that are saved under other names than the
       model's, a ViT's encoder among them (see `hf_efcp.train.resume`). Resuming with a parameter that the
       checkpoint does not hold is an error, as it would go on from random values.
-    - The model card says which optimizer trained the model, with what options and at what cost.
+    - The model card of a run with an optimizer of this package says with what options it ran and at what cost.
 
     Metrics of the optimizer come into the logs of any Trainer by `EfcpCallback`, which importing `hf_efcp.train`
     registers. Decay groups, clipping, scheduling and evaluation are Trainer's. `max_grad_norm` (1.0 by default)
@@ -48,7 +50,9 @@ class EfcpTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Trainer calls this with the names that its plain `load_state_dict` left out."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if load_result.missing_keys and self._loading is not None and isinstance(model, PreTrainedModel):
+        is_renamed = load_result.missing_keys and isinstance(model, PreTrainedModel)
+        # accelerate saves a sharded model under the names that it has in memory.
+        if is_renamed and self._loading is not None and not self.is_fsdp_enabled:
             folder, refuses_losses = self._loading
             load_result = load_converted(model, folder)
             if refuses_losses:
@@ -56,12 +60,12 @@ class EfcpTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write Trainer's card, then this package's part of it."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and importlib.util.find_spec("hf_efcp.train.model_card"):
-            from hf_efcp.train.model_card import write_model_card
-
-            write_model_card(self)
+        """Write the card of this package; Trainer's own where another optimizer trained the model."""
+        if own_optimizer(self.optimizer) is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            facts = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+            write_model_card(self.args.output_dir, self, **facts)
 
 
 def replace_trainer() -> None:

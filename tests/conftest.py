@@ -1,0 +1,9 @@
+"""What every test needs before it imports a library."""
+
+import os
+import runpy
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+runpy.run_path(str(Path(__file__).parent / "cpu_torchvision" / "sitecustomize.py"))
