@@ -22,6 +22,7 @@ class Layout:
     Attributes:
         numels: entries of each parameter.
         blocks: `range` of the blocks of each parameter.
+        ranges: `range` of the entries of each parameter, without padding.
         n_blocks, size: blocks and entries in total, padding included.
         numel: entries in total, without padding.
     """
@@ -36,6 +37,8 @@ class Layout:
             stop = start + -(-numel // block_size)
             self.blocks.append(range(start, stop))
             start = stop
+        firsts = [blocks.start * block_size for blocks in self.blocks]
+        self.ranges = [range(first, first + n) for first, n in zip(firsts, self.numels, strict=True)]
         self.n_blocks = start
         self.size = start * block_size
         self.numel = sum(self.numels)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def mean_eigenvalue(gram: Tensor) -> Tensor:
-    """Mean eigenvalue of `GGᵀ/m`, a 0-dim tensor; `gram` is `GGᵀ`, (m, m)."""
-    return gram.diagonal().mean() / len(gram)
+    """Mean eigenvalue of `GGᵀ/m`, (…); `gram` is `GGᵀ`, (…, m, m)."""
+    return gram.diagonal(dim1=-2, dim2=-1).mean(-1) / gram.shape[-1]
 
 
 def woodbury_solve(gram: Tensor, rhs: Tensor, damping: Tensor | float) -> Tensor:
@@ -18,17 +18,68 @@ def woodbury_solve(gram: Tensor, rhs: Tensor, damping: Tensor | float) -> Tensor
     `(x − Gᵀ(mλI + GGᵀ)⁻¹Gx)/λ`, which for any `x` is the general form (M-FAC, arXiv 2107.03356, section 3).
 
     Args:
-        gram: `GGᵀ`, (m, m) float64, positive semi-definite.
-        rhs: (m,) float64.
-        damping: λ > 0, in units of squared gradient.
+        gram: `GGᵀ`, (…, m, m) float64, positive semi-definite.
+        rhs: (…, m) float64.
+        damping: λ > 0, a number or (…), in units of squared gradient.
 
     Returns:
-        (m,) float64. Raises nothing and does not wait for the device: the system is positive definite.
+        (…, m) float64. Raises nothing and does not wait for the device: the system is positive definite.
     """
+    shift = torch.as_tensor(gram.shape[-1] * damping, dtype=gram.dtype, device=gram.device)
     shifted = gram.clone()
-    shifted.diagonal().add_(len(gram) * damping)
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
     factor = torch.linalg.cholesky_ex(shifted).L
-    return torch.cholesky_solve(rhs[:, None], factor).squeeze(1)
+    return torch.cholesky_solve(rhs[..., None], factor).squeeze(-1)
+
+
+def spectral_weights(gram: Tensor, row: Tensor, eps: Tensor | float, jitter: float) -> Tensor:
+    """Weights `c` with `((GᵀG)^½ + εI)⁻¹ g_j = Gᵀc`, free of cancellation (GGT, arXiv 1806.02958).
+
+    With `K = GGᵀ + jitter·I = V s² Vᵀ` they are `V w(s) Vᵀe_j`,
+    `w = 1/(s + ε) + (1/ε − 1/(s + ε))·jitter/s²`, the published rule in exact arithmetic.
+
+    Args:
+        gram: `GGᵀ`, (…, m, m) float64, without jitter.
+        row: () int64, j.
+        eps: ε > 0, a number or (…), in units of gradient.
+        jitter: added to the diagonal, in units of squared gradient; 0 for none.
+
+    Returns:
+        (…, m) float64.
+    """
+    squared, vectors = _eigh(gram, jitter)
+    eps = torch.as_tensor(eps, dtype=gram.dtype, device=gram.device)[..., None]
+    inverse = 1 / (squared.sqrt() + eps)
+    weights = inverse
+    if jitter:
+        weights = inverse + (1 / eps - inverse) * jitter / squared
+    return (vectors * (weights * vectors.index_select(-2, row[None]).squeeze(-2))[..., None, :]).sum(-1)
+
+
+def spectral_solve(gram: Tensor, dots: Tensor, eps: Tensor | float, jitter: float) -> Tensor:
+    """Weights `c` with `((GᵀG)^½ + εI)⁻¹ x = x/ε + Gᵀc`, for any `x`.
+
+    Args:
+        gram, eps, jitter: as in `spectral_weights`.
+        dots: `G x`, (…, m) float64.
+
+    Returns:
+        (…, m) float64; directions in which `G` vanishes to rounding get no weight.
+    """
+    squared, vectors = _eigh(gram, jitter)
+    eps = torch.as_tensor(eps, dtype=gram.dtype, device=gram.device)[..., None]
+    root = squared.sqrt()
+    # (1/(s + ε) − 1/ε)/s², without the difference of two near numbers
+    weights = -1 / (eps * root * (root + eps))
+    weights = torch.where(squared > gram.shape[-1] * 1e-15 * squared[..., -1:], weights, torch.zeros_like(weights))
+    return (vectors @ (weights[..., None] * (vectors.mT @ dots[..., None]))).squeeze(-1)
+
+
+def _eigh(gram: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+    shifted = gram.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(jitter)
+    squared, vectors = torch.linalg.eigh(shifted)
+    return squared.clamp_min(jitter), vectors
 
 
 class SlidingInverse:

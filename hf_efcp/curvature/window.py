@@ -1,10 +1,12 @@
 """Rings of the `m` newest gradients, the rows of `G`: dense, block top-k, global top-k.
 
-All three speak one language, in flat vectors of their layout:
+All of them, and `lowrank.LowRankWindow`, speak one language, in flat vectors of their layout:
 
     push     row j of G ← compress(residual + g);  residual ← residual + g − row;  the new row of GGᵀ
-    dots     G x, (m,) float64, the only thing that crosses devices
+    dots     G x, the only thing that crosses devices
     combine  Gᵀ coefficients
+
+There is one system for the whole model, or one for each parameter: `(S, m)` below has S = 1 or a row a parameter.
 
 `accept` is a 0-dim boolean on the device. Where it is false the gradient must be zero, and a push changes nothing;
 no host ever waits for it.
@@ -13,6 +15,7 @@ no host ever waits for it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -30,30 +33,46 @@ class Window(Protocol):
     layout: Layout
 
     def push(self, gradient: Tensor, row: Tensor, accept: Tensor, scratch: Tensor) -> Tensor:
-        """Replace row `row` (() int64) and return its inner products with all rows, (m,) float64.
+        """Replace row `row` (() int64) and return its inner products with all rows, (S, m) float64.
 
         `gradient` and `scratch` are (size,) float32 and may be the same; what stands in `scratch` is lost.
         """
 
     def dots(self, x: Tensor) -> Tensor:
-        """`G x` for a (size,) float32 vector: (m,) float64."""
+        """`G x` for a (size,) float32 vector: (S, m) float64."""
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
-        """Write `Gᵀ coefficients` to `out`, (size,) float32, for (m,) coefficients."""
+        """Write `Gᵀ coefficients` to `out`, (size,) float32, for (S, m) coefficients."""
 
-    def buffers(self) -> dict[str, list[Tensor]]:
-        """What lives between steps, by name: for each parameter its views of the flat buffers."""
+    def views(self) -> list[dict[str, Tensor]]:
+        """What lives between steps: for each parameter its tensors, views of the buffers, by name."""
 
     def shared_buffers(self) -> dict[str, Tensor]:
         """What lives between steps and belongs to no single parameter."""
 
 
+def _spans(starts: Sequence[range], per_parameter: bool) -> list[slice]:
+    """The part of a buffer that each system covers, from the part of each parameter."""
+    if per_parameter:
+        return [slice(part.start, part.stop) for part in starts]
+    return [slice(0, starts[-1].stop if starts else 0)]
+
+
 class DenseWindow:
     """Whole gradients: `values` (m, size). The published M-FAC; m·4 bytes per parameter in float32."""
 
-    def __init__(self, layout: Layout, window: int, *, value_dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        layout: Layout,
+        window: int,
+        *,
+        value_dtype: torch.dtype,
+        device: torch.device,
+        per_parameter: bool = False,
+    ):
         self.layout = layout
         self.values = torch.zeros(window, layout.size, dtype=value_dtype, device=device)
+        self._spans = _spans(layout.ranges, per_parameter)
         self._piece = max(1, (1 << 19) // window)  # columns that stay in cache while they are cast
 
     def push(self, gradient: Tensor, row: Tensor, accept: Tensor, scratch: Tensor) -> Tensor:
@@ -62,22 +81,21 @@ class DenseWindow:
         return self.dots(scratch.copy_(stored))
 
     def dots(self, x: Tensor) -> Tensor:
-        total = torch.zeros(len(self.values), dtype=torch.float64, device=x.device)
-        for values, piece in zip(self.values.split(self._piece, dim=1), x.split(self._piece), strict=True):
-            total += values.double() @ piece.double()
+        total = torch.zeros(len(self._spans), len(self.values), dtype=torch.float64, device=x.device)
+        for products, span in zip(total, self._spans, strict=True):
+            pieces = zip(self.values[:, span].split(self._piece, dim=1), x[span].split(self._piece), strict=True)
+            for values, piece in pieces:
+                products += values.double() @ piece.double()
         return total
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
-        weights = coefficients.float()
-        if self.values.dtype is torch.float32:
-            torch.mv(self.values.T, weights, out=out)
-            return
-        for values, piece in zip(self.values.split(self._piece, dim=1), out.split(self._piece), strict=True):
-            torch.mv(values.T.float(), weights, out=piece)
+        for weights, span in zip(coefficients.float(), self._spans, strict=True):
+            pieces = zip(self.values[:, span].split(self._piece, dim=1), out[span].split(self._piece), strict=True)
+            for values, piece in pieces:
+                torch.mv(values.T.float(), weights, out=piece)
 
-    def buffers(self) -> dict[str, list[Tensor]]:
-        numels, starts = self.layout.numels, [r.start * self.layout.block_size for r in self.layout.blocks]
-        return {"values": [self.values[:, s : s + n] for s, n in zip(starts, numels, strict=True)]}
+    def views(self) -> list[dict[str, Tensor]]:
+        return [{"values": self.values[:, r.start : r.stop]} for r in self.layout.ranges]
 
     def shared_buffers(self) -> dict[str, Tensor]:
         return {}
@@ -102,11 +120,13 @@ class BlockTopKWindow:
         value_dtype: torch.dtype,
         residual_dtype: torch.dtype,
         device: torch.device,
+        per_parameter: bool = False,
     ):
         if layout.block_size > _MAX_BLOCK:
             raise ValueError(f"`block_size` must be at most {_MAX_BLOCK}, got {layout.block_size}.")
         self.layout = layout
         self.k = max(1, math.ceil(density * layout.block_size))
+        self._spans = _spans(layout.blocks, per_parameter)
         index_dtype = torch.uint8 if layout.block_size <= 256 else torch.int16
         # An empty row is k distinct zeros: a repeated index would be harmless but is no valid row.
         shape = (layout.n_blocks, window, self.k)
@@ -120,26 +140,29 @@ class BlockTopKWindow:
     def push(self, gradient: Tensor, row: Tensor, accept: Tensor, scratch: Tensor) -> Tensor:
         residual, gradient = self._blocks(self.residual), self._blocks(gradient)
         chosen, stored = ops.accumulate_topk_(residual, gradient, self.k, self.values.dtype, accept)
-        newest = self._blocks(scratch.zero_()).scatter_(1, chosen, stored.float())
+        self._blocks(scratch.zero_()).scatter_(1, chosen, stored.float())
         old_indices, old_values = self.indices[:, row], self.values[:, row]
         indices = torch.where(accept, chosen.to(old_indices.dtype), old_indices)
         self.indices.index_copy_(1, row[None], indices[:, None])
         self.values.index_copy_(1, row[None], torch.where(accept, stored, old_values)[:, None])
-        return ops.window_dots(self.indices, self.values, newest)
+        return self.dots(scratch)
 
     def dots(self, x: Tensor) -> Tensor:
-        return ops.window_dots(self.indices, self.values, self._blocks(x))
+        blocks = self._blocks(x)
+        parts = [ops.window_dots(self.indices[span], self.values[span], blocks[span]) for span in self._spans]
+        return torch.stack(parts)
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
-        ops.window_combine_(self._blocks(out.zero_()), self.indices, self.values, coefficients)
+        blocks = self._blocks(out.zero_())
+        for weights, span in zip(coefficients, self._spans, strict=True):
+            ops.window_combine_(blocks[span], self.indices[span], self.values[span], weights)
 
-    def buffers(self) -> dict[str, list[Tensor]]:
-        spans = [slice(r.start, r.stop) for r in self.layout.blocks]
-        return {
-            "residual": self.layout.split(self.residual),
-            "indices": [self.indices[span] for span in spans],
-            "values": [self.values[span] for span in spans],
-        }
+    def views(self) -> list[dict[str, Tensor]]:
+        residuals = self.layout.split(self.residual)
+        return [
+            {"residual": residual, "indices": self.indices[r.start : r.stop], "values": self.values[r.start : r.stop]}
+            for residual, r in zip(residuals, self.layout.blocks, strict=True)
+        ]
 
     def shared_buffers(self) -> dict[str, Tensor]:
         return {}
@@ -148,8 +171,8 @@ class BlockTopKWindow:
 class GlobalTopKWindow:
     """The `int(density·d)` largest entries of the whole vector, with error feedback, as first published.
 
-    Rows cross parameters, so `indices` (m, k) int32 and `values` (m, k) belong to no single one. For
-    comparison: block-wise selection is as good and faster. The layout must have no padding.
+    Rows cross parameters, so `indices` (m, k) int32 and `values` (m, k) belong to no single one, and there is one
+    system. For comparison: block-wise selection is as good and faster. The layout must have no padding.
     """
 
     def __init__(
@@ -185,15 +208,15 @@ class GlobalTopKWindow:
     def dots(self, x: Tensor) -> Tensor:
         x = x.double()
         dots = [values.double() @ x[indices] for indices, values in zip(self.indices, self.values, strict=True)]
-        return torch.stack(dots)
+        return torch.stack(dots)[None]
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
         out.zero_()
-        for indices, values, weight in zip(self.indices, self.values, coefficients.float(), strict=True):
+        for indices, values, weight in zip(self.indices, self.values, coefficients[0].float(), strict=True):
             out.index_add_(0, indices, values.float() * weight)
 
-    def buffers(self) -> dict[str, list[Tensor]]:
-        return {"residual": self.layout.split(self.residual)}
+    def views(self) -> list[dict[str, Tensor]]:
+        return [{"residual": residual} for residual in self.layout.split(self.residual)]
 
     def shared_buffers(self) -> dict[str, Tensor]:
         return {"indices": self.indices, "values": self.values}

@@ -33,10 +33,12 @@ class MFAC(WindowOptimizer):
         lr: learning rate.
         window: rows `m` of `G`.
         damping: λ, in squared gradient units, or with `damping_mode="relative"` in mean eigenvalues of `GGᵀ/m`.
-        compression: `"topk"` or `"none"` (dense rows).
+        compression: `"topk"`, `"lowrank"` or `"none"` (dense rows).
         density: share of entries that a row keeps.
         selection: top-k of each `"block"`, or `"global"` over the whole model as first published.
         block_size: entries per block.
+        rank: columns of the factors of each matrix with `compression="lowrank"`.
+        system: one m×m system for the `"model"`, or one per `"layer"`, a block-diagonal curvature.
         precondition: `"compressed"` or `"gradient"`.
         scaling: `"none"`, `"rms"` and `"layer_rms"` fix the root mean square of the update, of the model or of each
             parameter, to `update_rms`; `"adam"` takes Adam's two moments of `u` (β₁ is `momentum`).
@@ -76,11 +78,13 @@ class MFAC(WindowOptimizer):
         density: float = 0.05,
         selection: str = "block",
         block_size: int = 4096,
+        rank: int = 4,
+        system: str = "model",
         precondition: str = "gradient",
         scaling: str = "rms",
         update_rms: float = 0.25,
         momentum: float = 0.9,
-        beta2: float = 0.999,
+        adam_beta2: float = 0.999,
         weight_decay: float = 0.0,
         value_dtype: str | torch.dtype = "float32",
         residual_dtype: str | torch.dtype = "float32",
@@ -93,7 +97,8 @@ class MFAC(WindowOptimizer):
     @property
     def _slides(self) -> bool:
         """Whether an inverse is kept between steps: worth it where a fresh factor is dear and λ stands still."""
-        return self.defaults["window"] > 256 and self.defaults["damping_mode"] == "absolute"
+        options = self.defaults
+        return options["window"] > 256 and options["damping_mode"] == "absolute" and options["system"] == "model"
 
     def _shared_state(self, device: torch.device) -> dict[str, Tensor]:
         shared = super()._shared_state(device)
@@ -104,25 +109,27 @@ class MFAC(WindowOptimizer):
 
     def _follow_gram(self, shared: dict[str, Tensor], row: Tensor, change: Tensor) -> None:
         if "inverse" in shared:
-            SlidingInverse(shared["inverse"], self.defaults["damping"]).replace_row(row, change)
+            SlidingInverse(shared["inverse"], self.defaults["damping"]).replace_row(row, change[0])
 
-    def _solve(self, shared: dict[str, Tensor], row: Tensor, dots: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        gram, damping = shared["gram"], self._damping(shared["gram"])
-        unit = torch.zeros_like(gram[0]).index_fill_(0, row, float(len(gram))) if dots is None else dots
+    def _solve(
+        self, shared: dict[str, Tensor], gram: Tensor, row: Tensor, dots: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        rhs = torch.zeros_like(gram[:, 0]).index_fill_(1, row, float(gram.shape[-1])) if dots is None else dots
+        damping = self._damping(mean_eigenvalue(gram))
         if "inverse" in shared:
-            solution = SlidingInverse(shared["inverse"], self.defaults["damping"]).solve(gram, unit)
+            solution = SlidingInverse(shared["inverse"], self.defaults["damping"]).solve(gram[0], rhs[0])[None]
         else:
-            solution = woodbury_solve(gram, unit, damping)
-        return (solution, None) if dots is None else (-solution / damping, 1 / damping)
+            solution = woodbury_solve(gram, rhs, damping)
+        return (solution, None) if dots is None else (-solution / damping[:, None], 1 / damping)
 
-    def _damping(self, gram: Tensor) -> Tensor:
-        damping = torch.tensor(self.defaults["damping"], dtype=gram.dtype, device=gram.device)
+    def _damping(self, mean_eigenvalues: Tensor) -> Tensor:
+        damping = torch.full_like(mean_eigenvalues, self.defaults["damping"])
         if self.defaults["damping_mode"] == "relative":
             # An empty window has no eigenvalue to be relative to; its gradient is zero, and so is the update.
-            return (damping * mean_eigenvalue(gram)).clamp_min(1e-60)
+            return (damping * mean_eigenvalues).clamp_min(1e-60)
         return damping
 
     def _condition(self, eigenvalues: Tensor) -> Tensor:
-        m = len(eigenvalues)
-        shift = m * self._damping(torch.diag(eigenvalues))
-        return (eigenvalues[-1] + shift) / (eigenvalues[0] + shift)
+        m = eigenvalues.shape[-1]
+        shift = m * self._damping(eigenvalues.mean(-1) / m)
+        return (eigenvalues[..., -1] + shift) / (eigenvalues[..., 0] + shift)

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_efcp.optim.mfac import MFAC
 from hf_efcp.optim.options import Option, closest, refuse_unknown
 
 _TRAINER = ("lr", "weight_decay")  # set by their own arguments everywhere, never among an optimizer's options
@@ -27,6 +26,7 @@ class OptimizerSpec:
         paper: title and arXiv number.
         defaults: where they differ from the constructor's.
         fixed: options that make this name what it is; they cannot be set.
+        without: options of the class that mean nothing under this name.
         presets: named sets of options, chosen by `preset=`.
         renames: option names that published commands print, and ours.
         takes_lr: whether `lr` may stand among the options, as published commands print it.
@@ -39,6 +39,7 @@ class OptimizerSpec:
     paper: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     renames: Mapping[str, str] = field(default_factory=dict)
     takes_lr: bool = False
@@ -47,7 +48,7 @@ class OptimizerSpec:
     def options(self) -> dict[str, tuple[Option, Any]]:
         """Each option that a user can set under this name, with its default here."""
         signature = inspect.signature(self.cls.__init__).parameters
-        hidden = {*self.fixed, *_TRAINER}
+        hidden = {*self.fixed, *self.without, *_TRAINER}
         return {
             option.name: (option, self.defaults.get(option.name, signature[option.name].default))
             for option in self.cls.options
@@ -94,16 +95,6 @@ class OptimizerSpec:
         return self.presets[name]
 
 
-# EFCP's GLUE and CIFAR-10 commands: window 1024, density 1 %, no momentum; damping as for BERT.
-_PAPER_MFAC = {
-    "window": 1024,
-    "damping": 5e-5,
-    "damping_mode": "absolute",
-    "precondition": "compressed",
-    "scaling": "none",
-    "momentum": 0.0,
-}
-
 _SPECS: dict[str, OptimizerSpec] = {}
 
 
@@ -112,40 +103,6 @@ def register(spec: OptimizerSpec) -> None:
     if spec.name in _SPECS:
         raise ValueError(f"An optimizer `{spec.name}` is registered already.")
     _SPECS[spec.name] = spec
-
-
-register(
-    OptimizerSpec(
-        name="efcp_mfac",
-        cls=MFAC,
-        summary="S-M-FAC: natural gradient over a window of top-k compressed gradients with error feedback",
-        paper="EFCP: Error Feedback Can Accurately Compress Preconditioners (arXiv 2306.06098)",
-        fixed={"compression": "topk"},
-        presets={"paper": {**_PAPER_MFAC, "density": 0.01}},
-    )
-)
-register(
-    OptimizerSpec(
-        name="mfac",
-        cls=MFAC,
-        summary="M-FAC: natural gradient over a window of whole gradients; 4·window bytes per parameter",
-        paper="M-FAC: Efficient Matrix-Free Approximations of Second-Order Information (arXiv 2107.03356)",
-        fixed={"compression": "none"},
-        presets={"paper": _PAPER_MFAC},
-    )
-)
-register(
-    OptimizerSpec(
-        name="MFAC",
-        cls=MFAC,
-        summary="`mfac` with the published settings and the flags printed on the published M-FAC model cards",
-        paper="M-FAC: Efficient Matrix-Free Approximations of Second-Order Information (arXiv 2107.03356)",
-        defaults={**_PAPER_MFAC, "damping": 1e-6},
-        fixed={"compression": "none"},
-        renames={"num_grads": "window", "damp": "damping"},
-        takes_lr=True,
-    )
-)
 
 
 def list_optimizers() -> list[str]:

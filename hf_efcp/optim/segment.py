@@ -9,24 +9,23 @@ import torch
 from torch import Tensor
 
 from hf_efcp.curvature.layout import Layout
+from hf_efcp.curvature.lowrank import LowRankWindow
 from hf_efcp.curvature.window import BlockTopKWindow, DenseWindow, GlobalTopKWindow, Window
 from hf_efcp.optim.options import DTYPES
 
 
 def make_window(layout: Layout, options: Mapping[str, Any], device: torch.device) -> Window:
     """The ring of gradients that the options name."""
-    dtype = DTYPES[options["value_dtype"]]
+    shape = {"value_dtype": DTYPES[options["value_dtype"]], "device": device}
+    systems = {"per_parameter": options["system"] == "layer"}
     if options["compression"] == "none":
-        return DenseWindow(layout, options["window"], value_dtype=dtype, device=device)
-    kind = GlobalTopKWindow if options["selection"] == "global" else BlockTopKWindow
-    return kind(
-        layout,
-        options["window"],
-        density=options["density"],
-        value_dtype=dtype,
-        residual_dtype=DTYPES[options["residual_dtype"]],
-        device=device,
-    )
+        return DenseWindow(layout, options["window"], **shape, **systems)
+    shape["residual_dtype"] = DTYPES[options["residual_dtype"]]
+    if options["compression"] == "lowrank":
+        return LowRankWindow(layout, options["window"], rank=options["rank"], **shape, **systems)
+    if options["selection"] == "global":
+        return GlobalTopKWindow(layout, options["window"], density=options["density"], **shape)
+    return BlockTopKWindow(layout, options["window"], density=options["density"], **shape, **systems)
 
 
 class Segment:
@@ -38,6 +37,7 @@ class Segment:
         moments: names of the float32 vectors of the parameters' size that live between steps.
 
     Attributes:
+        n_systems: m×m systems over these parameters.
         moments: (layout.size,) float32 vectors by name.
     """
 
@@ -46,6 +46,7 @@ class Segment:
         self.device = self.params[0].device
         padded = options["compression"] == "topk" and options["selection"] == "block"
         self.layout = Layout([p.shape for p in self.params], options["block_size"] if padded else 1)
+        self.n_systems = len(self.params) if options["system"] == "layer" else 1
         self.window = make_window(self.layout, options, self.device)
         self.moments = {name: self.layout.zeros(torch.float32, self.device) for name in moments}
 
@@ -57,9 +58,11 @@ class Segment:
 
     def views(self) -> list[dict[str, Tensor]]:
         """For each parameter its views of the buffers, by name: what stands in `optimizer.state`."""
-        buffers = dict(self.window.buffers())
-        buffers.update({name: self.layout.split(flat) for name, flat in self.moments.items()})
-        return [{name: parts[i] for name, parts in buffers.items()} for i in range(len(self.params))]
+        views = self.window.views()
+        for name, flat in self.moments.items():
+            for state, part in zip(views, self.layout.split(flat), strict=True):
+                state[name] = part
+        return views
 
     def flat_gradient(self) -> Tensor:
         """A float32 copy of all gradients, (layout.size,); a missing one counts as zero."""

@@ -18,8 +18,8 @@ class WindowOptimizer(EfcpOptimizer):
     """An optimizer over a ring of compressed gradients `G`; subclasses say which m×m function it is.
 
     State of each parameter: its views of the flat buffers of its device (`residual`, `indices`, `values`,
-    `momentum`, …). State of the first parameter besides: `gram` (m, m) float64, `step` and `skipped`,
-    what the whole model shares. The first parameter's device holds these.
+    `momentum`, …). State of the first parameter besides: `gram` (m, m) float64, or one for each parameter with
+    `system="layer"`, `step` and `skipped`, what the whole model shares. The first parameter's device holds these.
     """
 
     record_metrics = False  # whether a step keeps the norms of its gradient and update for `metrics()`
@@ -27,27 +27,31 @@ class WindowOptimizer(EfcpOptimizer):
     _segments: list[Segment] | None = None
     _norms: dict[str, Tensor] | None = None
 
-    def _solve(self, shared: dict[str, Tensor], row: Tensor, dots: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _solve(
+        self, shared: dict[str, Tensor], gram: Tensor, row: Tensor, dots: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Weights of the rows and of `x` itself in the preconditioned gradient.
 
         Args:
-            shared: the first parameter's state, with `gram` up to date.
+            shared: the first parameter's state.
+            gram: `GGᵀ` of each system, (S, m, m) float64, up to date.
             row: () int64, the newest row.
-            dots: `G x` (m,) float64, or `None` where `x` is the newest row.
+            dots: `G x` (S, m) float64, or `None` where `x` is the newest row.
 
         Returns:
-            (m,) float64 coefficients `c` and () float64 `s` (or `None` for 0) with update `Gᵀc + s·x`.
+            (S, m) float64 coefficients `c` and (S,) float64 `s` (or `None` for 0) with update `Gᵀc + s·x`.
         """
         raise NotImplementedError
 
     def _follow_gram(self, shared: dict[str, Tensor], row: Tensor, change: Tensor) -> None:
-        """Bring what a subclass derives from the Gram matrix up to date with its changed row."""
+        """Bring what a subclass derives from the Gram matrix up to date; its row `row` changed by (S, m)."""
 
     def _shared_state(self, device: torch.device) -> dict[str, Tensor]:
         """New tensors of what the whole model shares."""
         window = self.defaults["window"]
+        systems = (len(self._parameters()),) if self.defaults["system"] == "layer" else ()
         return {
-            "gram": torch.zeros(window, window, dtype=torch.float64, device=device),
+            "gram": torch.zeros(*systems, window, window, dtype=torch.float64, device=device),
             "step": torch.zeros((), dtype=torch.int64, device=device),
             "skipped": torch.zeros((), dtype=torch.int64, device=device),
         }
@@ -188,27 +192,60 @@ class WindowOptimizer(EfcpOptimizer):
     ) -> list[Tensor]:
         device = accept.device
         row = shared["step"] % self.defaults["window"]
-        whole = self.defaults["precondition"] == "gradient" and self.defaults["compression"] != "none"
-        scratch = [torch.empty_like(gradient) for gradient in gradients] if whole else gradients
+        scratch = [torch.empty_like(x) for x in gradients] if self._keeps_gradient else gradients
         parts = [
             segment.window.push(gradient, row.to(segment.device), accept.to(segment.device), out).to(device)
             for segment, gradient, out in zip(segments, gradients, scratch, strict=True)
         ]
-        gram = shared["gram"]
-        products = torch.where(accept, sum(parts), gram[row])
-        change = products - gram[row]
-        gram.index_copy_(0, row[None], products[None])
-        gram.index_copy_(1, row[None], products[:, None])
+        gram = shared["gram"].view(-1, *shared["gram"].shape[-2:])
+        products = torch.where(accept, self._gather_systems(parts), gram[:, row])
+        change = products - gram[:, row]
+        gram.index_copy_(1, row[None], products[:, None, :])
+        gram.index_copy_(2, row[None], products[:, :, None])
         self._follow_gram(shared, row, change)
+        targets = self._targets(segments, gradients, scratch, row, accept)
         dots = None
-        if whole:
-            dots = sum(s.window.dots(x).to(device) for s, x in zip(segments, gradients, strict=True))
-        coefficients, weight = self._solve(shared, row, dots)
-        for segment, gradient, update in zip(segments, gradients, scratch, strict=True):
-            segment.window.combine(coefficients.to(segment.device), update)
-            if whole:
-                update.addcmul_(gradient, weight.to(segment.device, update.dtype))
+        if targets is not None:
+            parts = [s.window.dots(x).to(device) for s, x in zip(segments, targets, strict=True)]
+            dots = self._gather_systems(parts)
+        coefficients, weight = self._solve(shared, gram, row, dots)
+        for i, (segment, update) in enumerate(zip(segments, scratch, strict=True)):
+            segment.window.combine(self._systems_of(segment, coefficients).to(segment.device), update)
+            if targets is not None:
+                self._add_(update, targets[i], self._systems_of(segment, weight), segment)
         return scratch
+
+    @property
+    def _keeps_gradient(self) -> bool:
+        """Whether the dense gradient is preconditioned; without compression it is the newest row."""
+        return self.defaults["precondition"] == "gradient" and self.defaults["compression"] != "none"
+
+    def _targets(
+        self, segments: list[Segment], gradients: list[Tensor], scratch: list[Tensor], row: Tensor, accept: Tensor
+    ) -> list[Tensor] | None:
+        """What is preconditioned, a flat vector a segment; `None` for the newest row."""
+        return gradients if self._keeps_gradient else None
+
+    def _gather_systems(self, parts: list[Tensor]) -> Tensor:
+        """(S, m) products of the model from those of its segments."""
+        return torch.cat(parts) if self.defaults["system"] == "layer" else sum(parts)
+
+    def _systems_of(self, segment: Segment, values: Tensor) -> Tensor:
+        """The rows of `values` (S, …) that belong to a segment."""
+        if self.defaults["system"] == "model":
+            return values
+        before = self._segments[: self._segments.index(segment)]
+        start = sum(len(other.params) for other in before)
+        return values[start : start + len(segment.params)]
+
+    def _add_(self, update: Tensor, gradient: Tensor, weights: Tensor, segment: Segment) -> None:
+        """`update += weight·gradient`, with one weight or one for each parameter."""
+        weights = weights.to(segment.device, update.dtype)
+        if len(weights) == 1:
+            update.addcmul_(gradient, weights)
+            return
+        for part, x, weight in zip(segment.layout.split(update), segment.layout.split(gradient), weights, strict=True):
+            part.addcmul_(x, weight)
 
     def _finite(self, updates: list[Tensor], accept: Tensor, shared: dict[str, Tensor]) -> Tensor:
         """`accept`, less the case of an update that overflowed."""
@@ -223,7 +260,7 @@ class WindowOptimizer(EfcpOptimizer):
         options = self.defaults
         self._zero_unless_(accept, updates)
         if options["scaling"] == "adam":
-            adam_(updates, segments, shared["step"], accept, beta1=options["momentum"], beta2=options["beta2"])
+            adam_(updates, segments, shared["step"], accept, beta1=options["momentum"], beta2=options["adam_beta2"])
         elif options["momentum"]:
             for i, segment in enumerate(segments):
                 keep = accept.to(segment.device)
@@ -255,7 +292,7 @@ class WindowOptimizer(EfcpOptimizer):
     # ---------------------------------------------------------------- metrics
 
     def _condition(self, eigenvalues: Tensor) -> Tensor:
-        """Condition number of the system that `_solve` solves, from the (m,) eigenvalues of `GGᵀ`."""
+        """Condition numbers of the systems that `_solve` solves, from the (…, m) eigenvalues of `GGᵀ`, ascending."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
@@ -271,7 +308,7 @@ class WindowOptimizer(EfcpOptimizer):
         tensors = dict(self._norms or {})
         if residuals:
             tensors["residual_norm"] = _norm(residuals, shared["gram"].device)
-        tensors["system_condition"] = self._condition(torch.linalg.eigvalsh(shared["gram"]).clamp_min(0))
+        tensors["system_condition"] = self._condition(torch.linalg.eigvalsh(shared["gram"]).clamp_min(0)).max()
         return {**figures, **{name: float(value) for name, value in tensors.items()}}
 
 

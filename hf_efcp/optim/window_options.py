@@ -14,7 +14,11 @@ WINDOW_OPTIONS = (
     Option("lr", float, "learning rate", low=0, high_open=True),
     Option("window", int, "rows m of the ring of gradients", low=1, high=65536, source="M-FAC, arXiv 2107.03356"),
     Option(
-        "compression", str, "how a row is stored: its largest entries, or whole", choices=("topk", "none"), source=_EFCP
+        "compression",
+        str,
+        "how a row is stored: its largest entries, or whole",
+        choices=("topk", "lowrank", "none"),
+        source=_EFCP,
     ),
     Option("density", float, "share of entries that a row keeps", low=0, low_open=True, high=1, source=_EFCP),
     Option(
@@ -22,6 +26,14 @@ WINDOW_OPTIONS = (
         str,
         "largest entries of each block or of the whole model",
         choices=("block", "global"),
+        source=_EFCP,
+    ),
+    Option("rank", int, "columns of a matrix's factors, with compression=lowrank", low=1, high=4096, source=_EFCP),
+    Option(
+        "system",
+        str,
+        "one m×m system for the model, or one for each parameter",
+        choices=("model", "layer"),
         source=_EFCP,
     ),
     Option("block_size", int, "entries per block", low=1, high=32768, source="ISTA-DASLab-Optimizers"),
@@ -49,7 +61,7 @@ WINDOW_OPTIONS = (
         high_open=True,
         source=_EFCP,
     ),
-    Option("beta2", float, "decay of Adam's second moment, with scaling=adam", low=0, high=1, high_open=True),
+    Option("adam_beta2", float, "decay of Adam's second moment, with scaling=adam", low=0, high=1, high_open=True),
     Option("weight_decay", float, "decoupled weight decay, times lr", low=0, source="AdamW, arXiv 1711.05101"),
     Option("value_dtype", str, "dtype of the stored values", choices=("float32", "bfloat16"), source=_EFCP),
     Option(
@@ -60,5 +72,8 @@ WINDOW_OPTIONS = (
 
 def check_combinations(options: Mapping[str, Any]) -> None:
     """Raise `ValueError` for options that are valid one by one and not together."""
-    if options["compression"] == "none" and options["selection"] == "global":
-        raise ValueError("selection='global' ranks the entries of compressed rows; compression='none' keeps them all.")
+    if options["selection"] == "global":
+        if options["compression"] != "topk":
+            raise ValueError("selection='global' is a choice of compression='topk'; leave it at 'block'.")
+        if options["system"] == "layer":
+            raise ValueError("selection='global' mixes the layers' entries in each row; system='layer' needs 'block'.")

@@ -1,0 +1,102 @@
+"""The registered optimizers. Defaults are the practical ones; `preset=paper` restores the published settings."""
+
+from __future__ import annotations
+
+from hf_efcp.optim.ggt import GGT
+from hf_efcp.optim.mfac import MFAC
+from hf_efcp.optim.registry import OptimizerSpec, create_optimizer, get_spec, list_optimizers, register
+
+__all__ = ["create_optimizer", "get_spec", "list_optimizers"]
+
+_EFCP = "EFCP: Error Feedback Can Accurately Compress Preconditioners (arXiv 2306.06098)"
+_MFAC = "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information (arXiv 2107.03356)"
+_GGT = "Efficient Full-Matrix Adaptive Regularization (arXiv 1806.02958)"
+
+_PUBLISHED = {"precondition": "compressed", "scaling": "none", "momentum": 0.0}
+# EFCP's GLUE and CIFAR-10 commands: window 1024, no momentum; damping as for BERT.
+_PUBLISHED_MFAC = {**_PUBLISHED, "window": 1024, "damping": 5e-5, "damping_mode": "absolute"}
+# EFCP's logistic regression: 100 rows, ε 1e-5, no averaging, no decay.
+_PUBLISHED_GGT = {**_PUBLISHED, "window": 100, "eps": 1e-5, "eps_mode": "absolute", "jitter": 1e-6}
+
+_TOPK = ("density", "selection", "block_size")
+_COMPRESSED = (*_TOPK, "rank", "residual_dtype")
+
+register(
+    OptimizerSpec(
+        name="efcp_mfac",
+        cls=MFAC,
+        summary="S-M-FAC: natural gradient over a window of top-k compressed gradients with error feedback",
+        paper=_EFCP,
+        fixed={"compression": "topk"},
+        without=("rank",),
+        presets={"paper": {**_PUBLISHED_MFAC, "density": 0.01}},
+    )
+)
+register(
+    OptimizerSpec(
+        name="efcp_mfac_lowrank",
+        cls=MFAC,
+        summary="LR-M-FAC: natural gradient over a window of low-rank compressed gradients with error feedback",
+        paper=_EFCP,
+        fixed={"compression": "lowrank"},
+        without=_TOPK,
+        presets={"paper": {**_PUBLISHED_MFAC, "damping": 1e-4, "rank": 4}},
+    )
+)
+register(
+    OptimizerSpec(
+        name="efcp_ggt",
+        cls=GGT,
+        summary="S-GGT: full-matrix AdaGrad over a window of top-k compressed gradients with error feedback",
+        paper=_EFCP,
+        fixed={"compression": "topk"},
+        without=("rank",),
+        presets={"paper": {**_PUBLISHED_GGT, "density": 0.01}},
+    )
+)
+register(
+    OptimizerSpec(
+        name="efcp_ggt_lowrank",
+        cls=GGT,
+        summary="LR-GGT: full-matrix AdaGrad over a window of low-rank compressed gradients with error feedback",
+        paper=_EFCP,
+        fixed={"compression": "lowrank"},
+        without=_TOPK,
+        presets={"paper": {**_PUBLISHED_GGT, "rank": 4}},
+    )
+)
+register(
+    OptimizerSpec(
+        name="mfac",
+        cls=MFAC,
+        summary="M-FAC: natural gradient over a window of whole gradients; 4·window bytes per parameter",
+        paper=_MFAC,
+        fixed={"compression": "none"},
+        without=_COMPRESSED,
+        presets={"paper": _PUBLISHED_MFAC},
+    )
+)
+register(
+    OptimizerSpec(
+        name="ggt",
+        cls=GGT,
+        summary="GGT: full-matrix AdaGrad over a window of whole gradients; 4·window bytes per parameter",
+        paper=_GGT,
+        fixed={"compression": "none"},
+        without=_COMPRESSED,
+        presets={"paper": _PUBLISHED_GGT},
+    )
+)
+register(
+    OptimizerSpec(
+        name="MFAC",
+        cls=MFAC,
+        summary="`mfac` with the published settings and the flags printed on the published M-FAC model cards",
+        paper=_MFAC,
+        defaults={**_PUBLISHED_MFAC, "damping": 1e-6},
+        fixed={"compression": "none"},
+        without=_COMPRESSED,
+        renames={"num_grads": "window", "damp": "damping"},
+        takes_lr=True,
+    )
+)

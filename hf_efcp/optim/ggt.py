@@ -1,0 +1,137 @@
+"""GGT: full-matrix adaptive regularization over a window of gradients, dense or compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_efcp.curvature.solvers import mean_eigenvalue, spectral_solve, spectral_weights
+from hf_efcp.optim.options import Option, check_options
+from hf_efcp.optim.segment import Segment
+from hf_efcp.optim.window import WindowOptimizer
+from hf_efcp.optim.window_options import WINDOW_OPTIONS, check_combinations
+
+_GGT = "GGT, arXiv 1806.02958"
+
+
+class GGT(WindowOptimizer):
+    """Steps along `((G̃ᵀG̃)^½ + εI)⁻¹ x`, `G̃` the last `m` gradients, row i decayed by `β₂^age` (GGT, EFCP).
+
+    With `precondition="compressed"` and `beta1=0` the newest row is preconditioned, by the form free of
+    cancellation `u = G̃ᵀ V w(s) Vᵀe_j`. Else `x` is the dense gradient, or with `beta1` the exponential average of
+    either, and `u = x/ε + G̃ᵀ V diag((1/(s+ε) − 1/ε)/s²) Vᵀ G̃x`. Ages enter Gram matrix, inner products and weights
+    alike. The rule of a step is `MFAC`'s.
+
+    Args:
+        params: parameters or groups; groups may differ in `lr` and `weight_decay`.
+        lr: learning rate.
+        window: rows `m` of `G`.
+        eps: ε, in gradient units, or with `eps_mode="relative"` in roots of the mean eigenvalue of `GGᵀ`.
+        jitter: added to the diagonal of the Gram matrix before its root, in squared gradient units. Published as
+            1e-6; it changes small-gradient steps by as much as 100 %.
+        beta1: averaging of `x`, 0 for none; without bias correction, as published.
+        beta2: decay of older rows, 1 for none.
+        compression, density, selection, block_size, rank, system, precondition, scaling, update_rms, momentum,
+        adam_beta2, weight_decay, value_dtype, residual_dtype: see `MFAC`.
+
+    Raises:
+        ValueError, TypeError: an option is out of range or of the wrong kind, by name.
+        NotImplementedError: parameters or combinations that cannot work, with what works instead.
+
+    When not to use it: an m×m eigendecomposition at every step makes windows beyond a few hundred rows slow.
+    """
+
+    options = (
+        *WINDOW_OPTIONS,
+        Option("eps", float, "ε added to the root of the curvature", low=0, low_open=True, source=_GGT),
+        Option(
+            "eps_mode",
+            str,
+            "ε as it is, or in roots of the mean eigenvalue of GGᵀ",
+            choices=("absolute", "relative"),
+            source="this package",
+        ),
+        Option("jitter", float, "added to the Gram matrix's diagonal", low=0, source="EFCP, arXiv 2306.06098"),
+        Option("beta1", float, "average of what is preconditioned", low=0, high=1, high_open=True, source=_GGT),
+        Option("beta2", float, "decay of a row with each step of age", low=0, low_open=True, high=1, source=_GGT),
+    )
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        window: int = 32,
+        eps: float = 0.1,
+        eps_mode: str = "relative",
+        jitter: float = 0.0,
+        beta1: float = 0.0,
+        beta2: float = 1.0,
+        compression: str = "topk",
+        density: float = 0.05,
+        selection: str = "block",
+        block_size: int = 4096,
+        rank: int = 4,
+        system: str = "model",
+        precondition: str = "gradient",
+        scaling: str = "rms",
+        update_rms: float = 0.25,
+        momentum: float = 0.9,
+        adam_beta2: float = 0.999,
+        weight_decay: float = 0.0,
+        value_dtype: str | torch.dtype = "float32",
+        residual_dtype: str | torch.dtype = "float32",
+    ):
+        given = dict(locals())
+        options = check_options(self.options, given)
+        check_combinations(options)
+        super().__init__(params, options)
+
+    def _moments(self) -> list[str]:
+        return super()._moments() + (["average"] if self.defaults["beta1"] else [])
+
+    def _targets(
+        self, segments: list[Segment], gradients: list[Tensor], scratch: list[Tensor], row: Tensor, accept: Tensor
+    ) -> list[Tensor] | None:
+        if not self.defaults["beta1"]:
+            return super()._targets(segments, gradients, scratch, row, accept)
+        averages = []
+        for segment, gradient, newest in zip(segments, gradients, scratch, strict=True):
+            if not self._keeps_gradient:
+                one = torch.zeros(1, self.defaults["window"], device=segment.device)
+                one.index_fill_(1, row.to(segment.device)[None], 1.0)
+                segment.window.combine(one.expand(segment.n_systems, -1), newest)
+                gradient = newest
+            share = torch.where(accept.to(segment.device), 1 - self.defaults["beta1"], 0.0)
+            averages.append(segment.moments["average"].lerp_(gradient, share.to(gradient.dtype)))
+        return averages
+
+    def _decay(self, row: Tensor) -> Tensor:
+        """`β₂^age` of each row, (m,) float64; the newest has age 0."""
+        m = self.defaults["window"]
+        ages = (row - torch.arange(m, device=row.device)) % m
+        return torch.tensor(self.defaults["beta2"], dtype=torch.float64, device=row.device) ** ages
+
+    def _solve(
+        self, shared: dict[str, Tensor], gram: Tensor, row: Tensor, dots: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        decay, jitter = self._decay(row), self.defaults["jitter"]
+        decayed = decay[:, None] * gram * decay
+        eps = self._eps(mean_eigenvalue(decayed) * gram.shape[-1])
+        if dots is None:
+            return decay * spectral_weights(decayed, row, eps, jitter), None
+        return decay * spectral_solve(decayed, decay * dots, eps, jitter), 1 / eps
+
+    def _eps(self, mean_squares: Tensor) -> Tensor:
+        """ε of each system from the mean eigenvalue of its `GGᵀ`."""
+        eps = torch.full_like(mean_squares, self.defaults["eps"])
+        if self.defaults["eps_mode"] == "relative":
+            return (eps * mean_squares.sqrt()).clamp_min(1e-30)
+        return eps
+
+    def _condition(self, eigenvalues: Tensor) -> Tensor:
+        eps, roots = self._eps(eigenvalues.mean(-1)), eigenvalues.sqrt()
+        return (roots[..., -1] + eps) / (roots[..., 0] + eps)
