@@ -132,9 +132,10 @@ def _base_model(finetuned_from: str | None, model: torch.nn.Module) -> str | Non
 def _data_sets(trainer: Trainer, ids: list[str], names: list[str], configs: list[str]) -> list[dict[str, str | None]]:
     """Each data set; what nobody said about them is taken from the evaluation data."""
     held = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-    builder, split = getattr(held, "builder_name", None), getattr(held, "split", None)
-    if not ids and not names and builder and builder not in _FILE_FORMATS:
-        ids, configs = [builder], [held.config_name]
+    info, split = getattr(held, "info", None), getattr(held, "split", None)
+    loaded_as = getattr(info, "dataset_name", None)
+    if not ids and not names and loaded_as and loaded_as not in _FILE_FORMATS:
+        names, configs = [loaded_as], [info.config_name]
     count = max(len(ids), len(names))
     ids, names, configs = (values + [None] * (count - len(values)) for values in (ids, names, configs))
     found = []
