@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -134,7 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"hf-efcp: {error}", file=sys.stderr)
         return 2
-    print(text)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has seen enough: `hf-efcp list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

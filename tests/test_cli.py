@@ -72,6 +72,16 @@ def test_incomplete_command_exits_2(argv, capsys):
     assert "usage: hf-efcp" in capsys.readouterr().err
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hf_efcp.cli", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=120) == 0
+    process.stderr.close()
+
+
 def test_list_and_explain_need_torch_alone():
     """No Hugging Face library is imported on the way."""
     program = (
