@@ -38,9 +38,9 @@ class LowRankWindow:
         self.layout = layout
         self.per_parameter = per_parameter
         self._rings: list[_FactoredRing | _ExactRing] = []
-        for number, shape in enumerate(layout.shapes):
+        for shape in layout.shapes:
             if _wants_factors(shape, rank):
-                ring = _FactoredRing(shape, window, rank, value_dtype, residual_dtype, device, seed=number)
+                ring = _FactoredRing(shape, window, rank, value_dtype, residual_dtype, device)
             else:
                 ring = _ExactRing(math.prod(shape), window, value_dtype, device)
             self._rings.append(ring)
@@ -113,15 +113,15 @@ class _FactoredRing:
         value_dtype: torch.dtype,
         residual_dtype: torch.dtype,
         device: torch.device,
-        seed: int,
     ):
         rows, columns = shape[0], math.prod(shape[1:])
         rank = min(rank, rows, columns)
         self.left = torch.zeros(rows, window, rank, dtype=value_dtype, device=device)
         self.right = torch.zeros(columns, window, rank, dtype=value_dtype, device=device)
         self.residual = torch.zeros(shape, dtype=residual_dtype, device=device)
-        # The row before the first is zero by its left factor; its right factor starts the power iteration.
-        generator = torch.Generator().manual_seed(seed)
+        # The row before the first is zero by its left factor; its right factor starts the power iteration. The
+        # seed is the shape's, so that neither order nor placement of the parameters changes a run.
+        generator = torch.Generator().manual_seed(columns)
         self.right[:, -1] = torch.randn(columns, rank, generator=generator).to(device, value_dtype)
 
     def push(self, gradient: Tensor, row: Tensor, accept: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_efcp.optim.options import Option
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,6 +24,8 @@ class EfcpOptimizer(Optimizer):
       included, to the parameter's dtype (pytorch/pytorch#43706), and accelerate loads at every `prepare`.
     - `metrics()` and `skipped_steps` read the device; call them when you log, not at each step.
     """
+
+    options: tuple[Option, ...] = ()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may have its own `lr` and `weight_decay`, the other options are the optimizer's."""
@@ -42,6 +46,9 @@ class EfcpOptimizer(Optimizer):
                     f"`{name}` is one setting for the whole optimizer ({self.defaults[name]!r}); a parameter group "
                     f"asks for {group[name]!r}. Groups may differ in `lr` and `weight_decay`."
                 )
+        for option in self.options:
+            if option.name in group:
+                group[option.name] = option.check(group[option.name])
         for parameter in group["params"]:
             if not parameter.is_floating_point():
                 raise TypeError(
@@ -81,6 +88,15 @@ class EfcpOptimizer(Optimizer):
                     f"{', '.join(f'`{name}`' for name in missing)}."
                 )
         self._tell_replaced_options(saved_groups[0])
+        before = self.state, self.param_groups, dict(self.defaults)
+        try:
+            self._load(state_dict)
+        except Exception:
+            self.state, self.param_groups, self.defaults = before
+            raise
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        saved_groups = state_dict["param_groups"]
         super().load_state_dict({**state_dict, "state": {}})
         saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
         for saved, parameter in zip(saved_ids, self._parameters(), strict=True):
@@ -88,7 +104,8 @@ class EfcpOptimizer(Optimizer):
                 state = state_dict["state"][saved]
                 self.state[parameter] = {name: _on_device(value, parameter.device) for name, value in state.items()}
         self.defaults.update({n: self.param_groups[0][n] for n in self.defaults.keys() - {"lr", "weight_decay"}})
-        self._adopt_state()
+        if self.state:  # accelerate loads the empty state of a new optimizer
+            self._adopt_state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -125,8 +125,9 @@ class MFAC(WindowOptimizer):
     def _damping(self, mean_eigenvalues: Tensor) -> Tensor:
         damping = torch.full_like(mean_eigenvalues, self.defaults["damping"])
         if self.defaults["damping_mode"] == "relative":
-            # An empty window has no eigenvalue to be relative to; its gradient is zero, and so is the update.
-            return (damping * mean_eigenvalues).clamp_min(1e-60)
+            # An empty window has no eigenvalue to be relative to; its gradient is zero, and so is the update,
+            # as long as 1/λ is a finite float32.
+            return (damping * mean_eigenvalues).clamp_min(1e-36)
         return damping
 
     def _condition(self, eigenvalues: Tensor) -> Tensor:

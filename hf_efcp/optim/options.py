@@ -81,6 +81,8 @@ class Option:
         raise TypeError(f"`{self.name}` must be {self.allowed} ({self.kind.__name__}), got {value!r}.")
 
     def _in_range(self, value: float) -> bool:
+        if math.isinf(value):
+            return False
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
         return above and below

@@ -62,6 +62,9 @@ class OptimizerSpec:
             ValueError: an unknown option (with the closest match), a value out of range, `lr` given twice.
             TypeError: a value of the wrong kind.
         """
+        for theirs, ours in self.renames.items():
+            if theirs in raw and ours in raw:
+                raise ValueError(f"`{theirs}` is `{ours}` in `{self.name}`, and both are given.")
         raw = {self.renames.get(name, name): value for name, value in raw.items()}
         resolved = {**self.defaults, **self.fixed, **self._preset(raw.pop("preset", None))}
         known = self.options()

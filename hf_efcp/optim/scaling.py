@@ -34,7 +34,7 @@ def adam_(
 
     Args:
         step: () number of steps taken, this one included.
-        accept: () whether this step counts; where false, the moments stay as they are.
+        accept: () whether this step counts; where false, the moments stay as they are and the updates become zero.
     """
     for update, segment in zip(updates, segments, strict=True):
         first, second = segment.moments["exp_avg"], segment.moments["exp_avg_sq"]
@@ -45,7 +45,8 @@ def adam_(
         count = step.to(update.device, torch.float64)
         corrected = (second / (1 - beta2**count).to(update.dtype)).sqrt_()
         # Adam's ε keeps a division by zero away; the scale of a preconditioned gradient is arbitrary.
-        torch.div(first / (1 - beta1**count).to(update.dtype), corrected.clamp_min_(1e-30), out=update)
+        direction = first / (1 - beta1**count).to(update.dtype) / corrected.clamp_min_(1e-30)
+        torch.where(keep, direction, direction.new_zeros(()), out=update)
 
 
 def _ratio(target: float, value: Tensor) -> Tensor:

@@ -59,7 +59,12 @@ class WindowOptimizer(EfcpOptimizer):
     def _moments(self) -> list[str]:
         if self.defaults["scaling"] == "adam":
             return ["exp_avg", "exp_avg_sq"]
-        return ["momentum"] if self.defaults["momentum"] else []
+        return ["momentum"] if self._momentum else []
+
+    @property
+    def _momentum(self) -> float:
+        """The first group's: `OneCycleLR` and `CyclicLR` write it there."""
+        return self.param_groups[0]["momentum"]
 
     # ------------------------------------------------------------------ state
 
@@ -98,6 +103,17 @@ class WindowOptimizer(EfcpOptimizer):
                     f"{tuple(view.shape)}."
                 )
             view.copy_(saved[name])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See `EfcpOptimizer.add_param_group`."""
+        options = self.defaults
+        ranks_all = options["compression"] == "topk" and options["selection"] == "global"
+        if self.state and (ranks_all or options["system"] == "layer"):
+            raise NotImplementedError(
+                "Parameters cannot be added after the first step with selection='global' or system='layer', whose "
+                "state has the whole model's shape. Add them before, or use selection='block' and system='model'."
+            )
+        super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `EfcpOptimizer.load_state_dict`."""
@@ -163,7 +179,7 @@ class WindowOptimizer(EfcpOptimizer):
     def _zero_unless_(self, accept: Tensor, vectors: list[Tensor]) -> list[Tensor]:
         if not self._reads_flags(accept.device):
             for vector in vectors:  # a NaN that is multiplied away stays NaN; it must be replaced
-                torch.where(accept.to(vector.device), vector, 0.0, out=vector)
+                torch.where(accept.to(vector.device), vector, vector.new_zeros(()), out=vector)
         return vectors
 
     def _has_gradients(self) -> bool:
@@ -260,12 +276,12 @@ class WindowOptimizer(EfcpOptimizer):
         options = self.defaults
         self._zero_unless_(accept, updates)
         if options["scaling"] == "adam":
-            adam_(updates, segments, shared["step"], accept, beta1=options["momentum"], beta2=options["adam_beta2"])
-        elif options["momentum"]:
+            adam_(updates, segments, shared["step"], accept, beta1=self._momentum, beta2=options["adam_beta2"])
+        elif "momentum" in segments[0].moments:
             for i, segment in enumerate(segments):
                 keep = accept.to(segment.device)
                 buffer = segment.moments["momentum"]
-                buffer.mul_(torch.where(keep, options["momentum"], 1.0).to(buffer.dtype)).add_(updates[i])
+                buffer.mul_(torch.where(keep, self._momentum, 1.0).to(buffer.dtype)).add_(updates[i])
                 torch.where(keep, buffer, buffer.new_zeros(()), out=updates[i])
         if options["scaling"] == "rms":
             rms_(updates, segments, options["update_rms"])
@@ -274,12 +290,15 @@ class WindowOptimizer(EfcpOptimizer):
         return updates
 
     def _apply(self, updates: list[Tensor], segments: list[Segment], accept: Tensor) -> None:
-        """`p ← p(1 − lr·weight_decay) − lr·update`, nothing where the step is not accepted."""
+        """`p ← p(1 − lr·weight_decay) − lr·update`, nothing where the step is not accepted.
+
+        A parameter without a gradient stays as it is: it may be frozen, and decay or momentum must not move it.
+        """
         update_of = {}
         for segment, update in zip(segments, updates, strict=True):
             update_of.update(zip(segment.params, segment.layout.split(update), strict=True))
         for group in self.param_groups:
-            params = group["params"]
+            params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
             lr, decay = group["lr"], group["weight_decay"]

@@ -12,7 +12,8 @@ SHAPES = [(13, 7), (31,), (1,), (4, 5, 3)]
 PLAIN = {
     "window": 8, "damping": 1e-7, "damping_mode": "absolute", "compression": "topk", "density": 0.1,
     "selection": "block", "block_size": 16, "precondition": "compressed", "scaling": "none", "update_rms": 0.25,
-    "momentum": 0.0, "beta2": 0.999, "weight_decay": 0.0, "value_dtype": "float32", "residual_dtype": "float32",
+    "momentum": 0.0, "adam_beta2": 0.999, "weight_decay": 0.0, "system": "model",
+    "value_dtype": "float32", "residual_dtype": "float32",
 }  # fmt: skip
 
 
@@ -206,7 +207,7 @@ def test_adam_scaling_is_torchs_adam_over_the_preconditioned_gradients():
     options = {"damping": 0.1, "damping_mode": "relative", "precondition": "gradient"}
     weight = torch.nn.Parameter(torch.zeros(sum(math.prod(s) for s in SHAPES), dtype=torch.float64))
     adam = torch.optim.Adam([weight], lr=1.0, betas=(0.8, 0.95), eps=0.0)
-    ours = updates_of(gradients, scaling="adam", momentum=0.8, beta2=0.95, **options)
+    ours = updates_of(gradients, scaling="adam", momentum=0.8, adam_beta2=0.95, **options)
     for update, reference in zip(ours, oracle_of(gradients, **options), strict=True):
         weight.data.zero_()
         weight.grad = reference
