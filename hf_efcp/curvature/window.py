@@ -186,7 +186,7 @@ class GlobalTopKWindow:
         device: torch.device,
     ):
         self.layout = layout
-        self.k = max(1, int(density * layout.numel))
+        self.k = min(max(1, int(density * layout.numel)), layout.numel)
         self.indices = torch.zeros(window, self.k, dtype=torch.int32, device=device)
         self.values = torch.zeros(window, self.k, dtype=value_dtype, device=device)
         self.residual = layout.zeros(residual_dtype, device)
