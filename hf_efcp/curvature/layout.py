@@ -18,6 +18,7 @@ class Layout:
     Args:
         shapes: shape of each parameter, in order.
         block_size: entries per block, 1 for no padding.
+        group: every parameter has a multiple of this number of blocks.
 
     Attributes:
         numels: entries of each parameter.
@@ -27,14 +28,14 @@ class Layout:
         numel: entries in total, without padding.
     """
 
-    def __init__(self, shapes: Sequence[torch.Size], block_size: int):
+    def __init__(self, shapes: Sequence[torch.Size], block_size: int, group: int = 1):
         self.shapes = tuple(shapes)
         self.block_size = block_size
         self.numels = tuple(math.prod(shape) for shape in self.shapes)
         self.blocks: list[range] = []
         start = 0
         for numel in self.numels:
-            stop = start + -(-numel // block_size)
+            stop = start + group * -(-numel // (block_size * group))
             self.blocks.append(range(start, stop))
             start = stop
         firsts = [blocks.start * block_size for blocks in self.blocks]

@@ -63,6 +63,9 @@ class LowRankWindow:
     def shared_buffers(self) -> dict[str, Tensor]:
         return {}
 
+    def residuals(self) -> list[Tensor]:
+        return [ring.residual for ring in self._rings if isinstance(ring, _FactoredRing)]
+
     def _pieces(self, flat: Tensor) -> list[Tensor]:
         return [flat[r.start : r.stop] for r in self.layout.ranges]
 

@@ -24,8 +24,6 @@ from torch import Tensor
 from hf_efcp import ops
 from hf_efcp.curvature.layout import Layout
 
-_MAX_BLOCK = 1 << 15  # indices are signed 16-bit numbers
-
 
 class Window(Protocol):
     """What the optimizers ask of a ring of gradients."""
@@ -49,6 +47,9 @@ class Window(Protocol):
 
     def shared_buffers(self) -> dict[str, Tensor]:
         """What lives between steps and belongs to no single parameter."""
+
+    def residuals(self) -> list[Tensor]:
+        """What earlier pushes left out, as floating point numbers, for reports."""
 
 
 def _spans(starts: Sequence[range], per_parameter: bool) -> list[slice]:
@@ -100,15 +101,21 @@ class DenseWindow:
     def shared_buffers(self) -> dict[str, Tensor]:
         return {}
 
+    def residuals(self) -> list[Tensor]:
+        return []
+
 
 class BlockTopKWindow:
     """The `ceil(density·block_size)` largest entries of every block, with error feedback.
 
     Holds `indices` (B, m, k), local to their block, uint8 for blocks up to 256 and int16 above; `values`
-    (B, m, k); `residual` (B·block_size,): what earlier pushes left out, rounding of the values included.
+    (B, m, k), for int8 with `scales`; `residual`: what earlier pushes left out, rounding of the values included,
+    in 4 bits with `residual_grid`. `hf_efcp.ops.torch_ops` describes the formats.
 
     Args:
+        layout: for int8 values in groups of `scale_group(block_size)` blocks.
         density: share of entries kept, in (0, 1].
+        residual_dtype: `None` for 4 bits.
     """
 
     def __init__(
@@ -118,54 +125,98 @@ class BlockTopKWindow:
         *,
         density: float,
         value_dtype: torch.dtype,
-        residual_dtype: torch.dtype,
+        residual_dtype: torch.dtype | None,
         device: torch.device,
         per_parameter: bool = False,
     ):
-        if layout.block_size > _MAX_BLOCK:
-            raise ValueError(f"`block_size` must be at most {_MAX_BLOCK}, got {layout.block_size}.")
         self.layout = layout
         self.k = max(1, math.ceil(density * layout.block_size))
-        self._spans = _spans(layout.blocks, per_parameter)
+        self.per_parameter = per_parameter
         index_dtype = torch.uint8 if layout.block_size <= 256 else torch.int16
         # An empty row is k distinct zeros: a repeated index would be harmless but is no valid row.
         shape = (layout.n_blocks, window, self.k)
         self.indices = torch.arange(self.k, device=device).to(index_dtype).repeat(*shape[:2], 1)
         self.values = torch.zeros(shape, dtype=value_dtype, device=device)
-        self.residual = layout.zeros(residual_dtype, device)
+        self.scales = self.grid = None
+        self.group = 1
+        if value_dtype is torch.int8:
+            self.group = scale_group(layout.block_size)
+            self.scales = torch.zeros(layout.n_blocks // self.group, window, device=device)
+        if residual_dtype is None:
+            shape = (layout.n_blocks, layout.block_size // 2)
+            self.residual = torch.zeros(shape, dtype=torch.uint8, device=device)
+            self.grid = torch.zeros(layout.n_blocks, 2, device=device)
+        else:
+            self.residual = layout.zeros(residual_dtype, device)
 
     def _blocks(self, flat: Tensor) -> Tensor:
         return flat.view(self.layout.n_blocks, self.layout.block_size)
 
     def push(self, gradient: Tensor, row: Tensor, accept: Tensor, scratch: Tensor) -> Tensor:
-        residual, gradient = self._blocks(self.residual), self._blocks(gradient)
-        chosen, stored = ops.accumulate_topk_(residual, gradient, self.k, self.values.dtype, accept)
-        self._blocks(scratch.zero_()).scatter_(1, chosen, stored.float())
-        old_indices, old_values = self.indices[:, row], self.values[:, row]
-        indices = torch.where(accept, chosen.to(old_indices.dtype), old_indices)
-        self.indices.index_copy_(1, row[None], indices[:, None])
-        self.values.index_copy_(1, row[None], torch.where(accept, stored, old_values)[:, None])
+        residual = self.residual if self.grid is not None else self._blocks(self.residual)
+        dtype = self.values.dtype
+        chosen, stored, scales = ops.accumulate_topk_(
+            residual, self._blocks(gradient), self.k, dtype, accept, grid=self.grid, group=self.group
+        )
+        newest = stored.float() if scales is None else ops.dequantize_int8(stored, scales)
+        self._blocks(scratch.zero_()).scatter_(1, chosen, newest)
+        _replace(self.indices, row, chosen.to(self.indices.dtype), accept)
+        _replace(self.values, row, stored, accept)
+        if scales is not None:
+            _replace(self.scales, row, scales, accept)
         return self.dots(scratch)
 
+    def _parts(self) -> list[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """Blocks, indices, values and scales of each system."""
+        parts = []
+        for span in _spans(self.layout.blocks, self.per_parameter):
+            scales = self.scales
+            if scales is not None:
+                scales = scales[span.start // self.group : span.stop // self.group]
+            parts.append((span, self.indices[span], self.values[span], scales))
+        return parts
+
     def dots(self, x: Tensor) -> Tensor:
-        blocks = self._blocks(x)
-        parts = [ops.window_dots(self.indices[span], self.values[span], blocks[span]) for span in self._spans]
-        return torch.stack(parts)
+        x = self._blocks(x)
+        parts = self._parts()
+        return torch.stack([ops.window_dots(indices, values, x[s], scales) for s, indices, values, scales in parts])
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
         blocks = self._blocks(out.zero_())
-        for weights, span in zip(coefficients, self._spans, strict=True):
-            ops.window_combine_(blocks[span], self.indices[span], self.values[span], weights)
+        for weights, (span, indices, values, scales) in zip(coefficients, self._parts(), strict=True):
+            ops.window_combine_(blocks[span], indices, values, weights, scales)
+
+    def residuals(self) -> list[Tensor]:
+        """What earlier pushes left out: for each parameter float32 or bfloat16 in its shape."""
+        flat = self.residual if self.grid is None else ops.unpack_int4(self.residual, self.grid).view(-1)
+        return self.layout.split(flat)
 
     def views(self) -> list[dict[str, Tensor]]:
-        residuals = self.layout.split(self.residual)
-        return [
-            {"residual": residual, "indices": self.indices[r.start : r.stop], "values": self.values[r.start : r.stop]}
-            for residual, r in zip(residuals, self.layout.blocks, strict=True)
-        ]
+        views = []
+        for number, blocks in enumerate(self.layout.blocks):
+            span = slice(blocks.start, blocks.stop)
+            state = {"indices": self.indices[span], "values": self.values[span]}
+            if self.scales is not None:
+                state["scales"] = self.scales[span.start // self.group : span.stop // self.group]
+            if self.grid is None:
+                state["residual"] = self.residuals()[number]
+            else:
+                state.update(residual=self.residual[span], residual_grid=self.grid[span])
+            views.append(state)
+        return views
 
     def shared_buffers(self) -> dict[str, Tensor]:
         return {}
+
+
+def scale_group(block_size: int) -> int:
+    """Blocks that share a scale of int8 values: 4096 entries, or one block where that is more."""
+    return max(1, 4096 // block_size)
+
+
+def _replace(buffer: Tensor, row: Tensor, new: Tensor, accept: Tensor) -> None:
+    """`buffer[:, row] = new` where accepted."""
+    buffer.index_copy_(1, row[None], torch.where(accept, new, buffer[:, row])[:, None])
 
 
 class GlobalTopKWindow:
@@ -220,3 +271,6 @@ class GlobalTopKWindow:
 
     def shared_buffers(self) -> dict[str, Tensor]:
         return {"indices": self.indices, "values": self.values}
+
+    def residuals(self) -> list[Tensor]:
+        return self.layout.split(self.residual)

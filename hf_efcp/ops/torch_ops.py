@@ -1,14 +1,20 @@
 """Window operations in plain torch: the definition that compiled backends must equal.
 
 A window holds `m` sparse rows of a flat vector cut into `B` blocks of `block_size` entries:
-`indices` (B, m, k), local to their block, and `values` (B, m, k). The order keeps everything that one
-block needs contiguous, so a pass reads the window once and its block of the dense vector stays in cache.
+`indices` (B, m, k), local to their block, and `values` (B, m, k) float32, bfloat16 or int8. The order keeps
+everything that one block needs contiguous, so a pass reads the window once and its block of the dense vector stays
+in cache. Int8 values have `scales` (B/G, m) float32, one for each row and group of G blocks: value·scale.
+
+The residual (B, block_size) is float32 or bfloat16, or 4-bit: two entries a byte, entry i of a block in the low half
+of byte i for the first half of the block and in the high half for the second, with `grid` (B, 2) float32, the step
+and the zero point of each block: (q − zero)·step. Zero stays exactly zero.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -48,59 +54,133 @@ def _largest(keys: Tensor, k: int) -> Tensor:
 
 
 def accumulate_topk_(
-    residual: Tensor, gradient: Tensor, k: int, value_dtype: torch.dtype, accept: Tensor
-) -> tuple[Tensor, Tensor]:
+    residual: Tensor,
+    gradient: Tensor,
+    k: int,
+    value_dtype: torch.dtype,
+    accept: Tensor,
+    *,
+    grid: Tensor | None = None,
+    group: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`residual += gradient`, then take the `k` largest magnitudes of each block out of it.
 
     What is taken is what is stored: the rounding of the values to `value_dtype` stays in the residual.
 
     Args:
-        residual: (B, block_size), changed in place; sums are float32 whatever its dtype.
+        residual: (B, block_size), or (B, block_size/2) uint8 with `grid`; changed in place. Sums are float32.
         gradient: (B, block_size) float32.
         accept: () bool; where false, the gradient is zero and the residual stays as it is.
+        grid: (B, 2) float32 of a 4-bit residual, changed in place.
+        group: blocks that share a scale of int8 values; divides B.
 
     Returns:
-        `indices` (B, k) int64 and `values` (B, k) of `value_dtype`.
+        `indices` (B, k) int64, `values` (B, k) of `value_dtype`, `scales` (B/group,) float32 for int8, else `None`.
     """
-    n_blocks, block_size = residual.shape
+    n_blocks, block_size = gradient.shape
     indices = torch.empty(n_blocks, k, dtype=torch.int64, device=residual.device)
     values = torch.empty(n_blocks, k, dtype=value_dtype, device=residual.device)
-    per_chunk = max(1, _CHUNK // block_size)
+    is_int8 = value_dtype is torch.int8
+    scales = torch.empty(n_blocks // group, dtype=torch.float32, device=residual.device) if is_int8 else None
+    per_chunk = group * max(1, 2 * _CHUNK // (block_size * group))
     for start in range(0, n_blocks, per_chunk):
         part = slice(start, start + per_chunk)
-        if residual.dtype is torch.float32:
-            summed = residual[part].add_(gradient[part])
-        else:
-            summed = residual[part].float().add_(gradient[part])
+        summed = _plus(residual[part], gradient[part], None if grid is None else grid[part])
         chosen = block_topk(summed, k)
-        taken = summed.gather(1, chosen).to(value_dtype)
-        summed.scatter_add_(1, chosen, taken.float() * -accept.float())
-        if residual.dtype is not torch.float32:
+        taken = summed.gather(1, chosen)
+        if is_int8:
+            scale = taken.view(-1, group * k).abs().amax(1) / 127
+            scales[start // group : start // group + len(scale)] = scale
+            taken = quantize_int8(taken, scale)
+            stored = dequantize_int8(taken, scale)
+        else:
+            taken = taken.to(value_dtype)
+            stored = taken.float()
+        summed.scatter_add_(1, chosen, stored * -accept.float())
+        if grid is not None:
+            packed, steps = pack_int4(summed)
+            residual[part] = torch.where(accept, packed, residual[part])
+            grid[part] = torch.where(accept, steps, grid[part])
+        elif residual.dtype is not torch.float32:
             residual[part].copy_(summed)
         indices[part], values[part] = chosen, taken
-    return indices, values
+    return indices, values, scales
 
 
-def window_dots(indices: Tensor, values: Tensor, x: Tensor) -> Tensor:
+def _plus(residual: Tensor, gradient: Tensor, grid: Tensor | None) -> Tensor:
+    """Their float32 sum, in place where the residual is float32."""
+    if grid is not None:
+        return unpack_int4(residual, grid).add_(gradient)
+    return (residual if residual.dtype is torch.float32 else residual.float()).add_(gradient)
+
+
+def quantize_int8(values: Tensor, scales: Tensor) -> Tensor:
+    """Nearest int8 of `value/scale`; `values` (B, k), `scales` (B/G,). A group of zeros has scale 0 and stays zero."""
+    per_group = values.view(len(scales), -1)
+    steps = torch.where(scales > 0, scales, torch.ones_like(scales))[:, None]
+    return (per_group / steps).round_().clamp_(-127, 127).to(torch.int8).view_as(values)
+
+
+def dequantize_int8(values: Tensor, scales: Tensor) -> Tensor:
+    """`value·scale` in float32; `values` (B, …) int8, `scales` (B/G,) or, for (B, m, k) values, (B/G, m)."""
+    grouped = values.view(len(scales), -1, *values.shape[1:]).float()
+    shape = (len(scales), 1, *scales.shape[1:], *([1] * (values.dim() - scales.dim())))
+    return (grouped * scales.view(shape)).view(values.shape)
+
+
+def pack_int4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """4-bit form of each row of `x`, (B, n) float32 with even n.
+
+    Returns:
+        (B, n/2) uint8 and the grid (B, 2) float32, step and zero point. The error is at most one step,
+        (max − min)/15 of the row, zero included in its range; half a step but for clipped ends.
+    """
+    low, high = x.amin(1).clamp_max(0), x.amax(1).clamp_min(0)
+    step = (high - low) / 15
+    safe = torch.where(step > 0, step, torch.ones_like(step))
+    zero = (-low / safe).round()
+    levels = (x / safe[:, None]).round_().add_(zero[:, None]).clamp_(0, 15).to(torch.uint8)
+    half = x.shape[1] // 2
+    return levels[:, :half] | (levels[:, half:] << 4), torch.stack((step, zero), dim=1)
+
+
+def unpack_int4(packed: Tensor, grid: Tensor) -> Tensor:
+    """(B, n) float32 from `pack_int4`."""
+    levels = torch.cat((packed & 15, packed >> 4), dim=1).float()
+    return levels.sub_(grid[:, 1:]).mul_(grid[:, :1])
+
+
+def window_dots(indices: Tensor, values: Tensor, x: Tensor, scales: Tensor | None = None) -> Tensor:
     """`G x`: inner products of all rows with a dense vector, products and sums in float64.
 
     Args:
         indices: (B, m, k) integers, local to their block.
-        values: (B, m, k) floating point.
+        values: (B, m, k) float32, bfloat16 or int8.
         x: (B, block_size).
+        scales: (B/G, m) float32 of int8 values.
 
     Returns:
         (m,) float64 on the device of `x`. Float64 makes the Gram matrix that of the stored values: a float32
         sum leaves it indefinite once `m·damping` is below 1e-7 of a squared norm.
     """
-    n_blocks, window, k = indices.shape
-    per_chunk = max(1, _CHUNK // max(window * k, x.shape[1]))
-    total = torch.zeros(window, dtype=torch.float64, device=x.device)
+    total = torch.zeros(indices.shape[1], dtype=torch.float64, device=x.device)
     multiply = _csr_dots if x.device.type == "cpu" and torch.backends.mkl.is_available() else _gather_dots
+    for part, stored in _chunks(indices, values, x.shape[1], scales):
+        total += multiply(indices[part], stored, x[part])
+    return total
+
+
+def _chunks(indices: Tensor, values: Tensor, block_size: int, scales: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of blocks with their values, int8 scaled."""
+    n_blocks, window, k = indices.shape
+    group = 1 if scales is None else n_blocks // len(scales)
+    per_chunk = group * max(1, _CHUNK // (max(window * k, block_size) * group))
     for start in range(0, n_blocks, per_chunk):
         part = slice(start, start + per_chunk)
-        total += multiply(indices[part], values[part], x[part])
-    return total
+        stored = values[part]
+        if scales is not None:
+            stored = dequantize_int8(stored, scales[start // group : (start + per_chunk) // group])
+        yield part, stored
 
 
 def _gather_dots(indices: Tensor, values: Tensor, x: Tensor) -> Tensor:
@@ -130,20 +210,21 @@ def _accept_csr() -> None:
         torch.zeros(1, 1).to_sparse_csr()
 
 
-def window_combine_(out: Tensor, indices: Tensor, values: Tensor, coefficients: Tensor) -> Tensor:
+def window_combine_(
+    out: Tensor, indices: Tensor, values: Tensor, coefficients: Tensor, scales: Tensor | None = None
+) -> Tensor:
     """Add `Gᵀ coefficients` to `out` in place and return it.
 
     Args:
         out: (B, block_size) float32.
         indices: (B, m, k) integers, local to their block.
-        values: (B, m, k) floating point.
+        values: (B, m, k) float32, bfloat16 or int8.
         coefficients: (m,), cast to float32.
+        scales: (B/G, m) float32 of int8 values.
     """
-    n_blocks, window, k = indices.shape
-    per_chunk = max(1, _CHUNK // max(window * k, out.shape[1]))
+    _, window, k = indices.shape
     weights = coefficients.to(torch.float32)[:, None]
-    for start in range(0, n_blocks, per_chunk):
-        part = slice(start, start + per_chunk)
-        scaled = (values[part] * weights).view(-1, window * k)
+    for part, stored in _chunks(indices, values, out.shape[1], scales):
+        scaled = (stored * weights).view(-1, window * k)
         out[part].scatter_add_(1, indices[part].reshape(-1, window * k).long(), scaled)
     return out

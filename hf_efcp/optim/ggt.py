@@ -65,19 +65,19 @@ class GGT(WindowOptimizer):
         lr: float,
         *,
         window: int = 32,
-        eps: float = 0.1,
+        eps: float = 1.0,
         eps_mode: str = "relative",
         jitter: float = 0.0,
         beta1: float = 0.0,
         beta2: float = 1.0,
         compression: str = "topk",
-        density: float = 0.05,
+        density: float = 0.01,
         selection: str = "block",
-        block_size: int = 4096,
+        block_size: int = 1024,
         rank: int = 4,
         system: str = "model",
         precondition: str = "gradient",
-        scaling: str = "rms",
+        scaling: str = "adam",
         update_rms: float = 0.25,
         momentum: float = 0.9,
         adam_beta2: float = 0.999,
@@ -121,9 +121,10 @@ class GGT(WindowOptimizer):
         decay, jitter = self._decay(row), self.defaults["jitter"]
         decayed = decay[:, None] * gram * decay
         eps = self._eps(mean_eigenvalue(decayed) * gram.shape[-1])
+        unit = torch.ones_like(eps) if self.defaults["scaling"] == "none" else eps  # εu, as λu in M-FAC
         if dots is None:
-            return decay * spectral_weights(decayed, row, eps, jitter), None
-        return decay * spectral_solve(decayed, decay * dots, eps, jitter), 1 / eps
+            return unit[:, None] * decay * spectral_weights(decayed, row, eps, jitter), None
+        return unit[:, None] * decay * spectral_solve(decayed, decay * dots, eps, jitter), unit / eps
 
     def _eps(self, mean_squares: Tensor) -> Tensor:
         """ε of each system from the mean eigenvalue of its `GGᵀ`."""

@@ -26,7 +26,8 @@ class MFAC(WindowOptimizer):
 
         row j ← compress(residual + g), u as above, v ← momentum·v + u, p ← p(1 − lr·weight_decay) − lr·scale(v)
 
-    Clip gradients before the step as with any optimizer; the window then holds clipped gradients.
+    Every `scaling` but `"none"` sees `λu`, which is `x` where the window holds nothing, so that its length does not jump
+    while the window fills; with `"adam"` and λ → ∞ the rule is AdamW. Clip gradients before the step as with any optimizer; the window then holds clipped gradients.
 
     Args:
         params: parameters or groups; groups may differ in `lr` and `weight_decay`.
@@ -72,16 +73,16 @@ class MFAC(WindowOptimizer):
         lr: float,
         *,
         window: int = 32,
-        damping: float = 0.1,
+        damping: float = 1.0,
         damping_mode: str = "relative",
         compression: str = "topk",
-        density: float = 0.05,
+        density: float = 0.01,
         selection: str = "block",
-        block_size: int = 4096,
+        block_size: int = 1024,
         rank: int = 4,
         system: str = "model",
         precondition: str = "gradient",
-        scaling: str = "rms",
+        scaling: str = "adam",
         update_rms: float = 0.25,
         momentum: float = 0.9,
         adam_beta2: float = 0.999,
@@ -120,6 +121,9 @@ class MFAC(WindowOptimizer):
             solution = SlidingInverse(shared["inverse"], self.defaults["damping"]).solve(gram[0], rhs[0])[None]
         else:
             solution = woodbury_solve(gram, rhs, damping)
+        if self.defaults["scaling"] != "none":
+            # λF⁻¹ instead of F⁻¹: moments mix the updates of many steps, whose λ differ while the window fills.
+            return (solution * damping[:, None], None) if dots is None else (-solution, torch.ones_like(damping))
         return (solution, None) if dots is None else (-solution / damping[:, None], 1 / damping)
 
     def _damping(self, mean_eigenvalues: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from hf_efcp.optim.segment import Segment
 
+_ADAM_EPS = 1e-8  # AdamW's default in torch and in transformers
+
 
 def rms_(updates: list[Tensor], segments: list[Segment], target: float) -> None:
     """Scale the updates, one flat vector a segment, to a root mean square of `target` over the whole model."""
@@ -44,8 +46,7 @@ def adam_(
         second.lerp_(update.square(), weight2)
         count = step.to(update.device, torch.float64)
         corrected = (second / (1 - beta2**count).to(update.dtype)).sqrt_()
-        # Adam's ε keeps a division by zero away; the scale of a preconditioned gradient is arbitrary.
-        direction = first / (1 - beta1**count).to(update.dtype) / corrected.clamp_min_(1e-30)
+        direction = first / (1 - beta1**count).to(update.dtype) / corrected.add_(_ADAM_EPS)
         torch.where(keep, direction, direction.new_zeros(()), out=update)
 
 

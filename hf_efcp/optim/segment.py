@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_efcp.curvature.layout import Layout
 from hf_efcp.curvature.lowrank import LowRankWindow
-from hf_efcp.curvature.window import BlockTopKWindow, DenseWindow, GlobalTopKWindow, Window
+from hf_efcp.curvature.window import BlockTopKWindow, DenseWindow, GlobalTopKWindow, Window, scale_group
 from hf_efcp.optim.options import DTYPES
 
 
@@ -20,7 +20,7 @@ def make_window(layout: Layout, options: Mapping[str, Any], device: torch.device
     systems = {"per_parameter": options["system"] == "layer"}
     if options["compression"] == "none":
         return DenseWindow(layout, options["window"], **shape, **systems)
-    shape["residual_dtype"] = DTYPES[options["residual_dtype"]]
+    shape["residual_dtype"] = DTYPES.get(options["residual_dtype"])
     if options["compression"] == "lowrank":
         return LowRankWindow(layout, options["window"], rank=options["rank"], **shape, **systems)
     if options["selection"] == "global":
@@ -44,8 +44,13 @@ class Segment:
     def __init__(self, params: Sequence[Tensor], options: Mapping[str, Any], moments: Sequence[str]):
         self.params = list(params)
         self.device = self.params[0].device
-        padded = options["compression"] == "topk" and options["selection"] == "block"
-        self.layout = Layout([p.shape for p in self.params], options["block_size"] if padded else 1)
+        shapes = [p.shape for p in self.params]
+        if options["compression"] == "topk" and options["selection"] == "block":
+            block_size = options["block_size"]
+            group = scale_group(block_size) if options["value_dtype"] == "int8" else 1
+            self.layout = Layout(shapes, block_size, group)
+        else:
+            self.layout = Layout(shapes, 1)
         self.n_systems = len(self.params) if options["system"] == "layer" else 1
         self.window = make_window(self.layout, options, self.device)
         self.moments = {name: self.layout.zeros(torch.float32, self.device) for name in moments}

@@ -323,7 +323,7 @@ class WindowOptimizer(EfcpOptimizer):
         if not self._segments:
             return figures
         shared = self.state[self._parameters()[0]]
-        residuals = [state["residual"].float() for state in self.state.values() if "residual" in state]
+        residuals = [part.float() for segment in self._segments for part in segment.window.residuals()]
         tensors = dict(self._norms or {})
         if residuals:
             tensors["residual_norm"] = _norm(residuals, shared["gram"].device)

@@ -63,9 +63,13 @@ WINDOW_OPTIONS = (
     ),
     Option("adam_beta2", float, "decay of Adam's second moment, with scaling=adam", low=0, high=1, high_open=True),
     Option("weight_decay", float, "decoupled weight decay, times lr", low=0, source="AdamW, arXiv 1711.05101"),
-    Option("value_dtype", str, "dtype of the stored values", choices=("float32", "bfloat16"), source=_EFCP),
+    Option("value_dtype", str, "dtype of the stored values", choices=("float32", "bfloat16", "int8"), source=_EFCP),
     Option(
-        "residual_dtype", str, "dtype of the error-feedback residual", choices=("float32", "bfloat16"), source=_EFCP
+        "residual_dtype",
+        str,
+        "dtype of the error-feedback residual",
+        choices=("float32", "bfloat16", "int4"),
+        source="MicroAdam, arXiv 2405.15593",
     ),
 )
 
@@ -77,3 +81,14 @@ def check_combinations(options: Mapping[str, Any]) -> None:
             raise ValueError("selection='global' is a choice of compression='topk'; leave it at 'block'.")
         if options["system"] == "layer":
             raise ValueError("selection='global' mixes the layers' entries in each row; system='layer' needs 'block'.")
+    small = options["compression"] == "topk" and options["selection"] == "block"
+    for name, dtype in (("value_dtype", "int8"), ("residual_dtype", "int4")):
+        if options[name] == dtype and not small:
+            raise ValueError(
+                f"{name}={dtype!r} is a format of block-wise top-k rows (compression='topk', selection='block'); "
+                "use 'bfloat16' or 'float32' here."
+            )
+    if options["residual_dtype"] == "int4" and options["block_size"] % 2:
+        raise ValueError(f"residual_dtype='int4' needs an even `block_size`, got {options['block_size']}.")
+    if options["value_dtype"] == "int8" and options["block_size"] < 4096 and 4096 % options["block_size"]:
+        raise ValueError(f"value_dtype='int8' needs a `block_size` that divides 4096, got {options['block_size']}.")

@@ -202,15 +202,29 @@ def test_layer_rms_fixes_the_length_of_each_parameter():
 
 
 def test_adam_scaling_is_torchs_adam_over_the_preconditioned_gradients():
-    """In float64 with ε = 0, for every step of the run."""
+    """Over `λF⁻¹x`, in float64, for every step of the run."""
     gradients = correlated_gradients(25)
-    options = {"damping": 0.1, "damping_mode": "relative", "precondition": "gradient"}
+    options = {"damping": 1e-3, "precondition": "gradient"}
     weight = torch.nn.Parameter(torch.zeros(sum(math.prod(s) for s in SHAPES), dtype=torch.float64))
-    adam = torch.optim.Adam([weight], lr=1.0, betas=(0.8, 0.95), eps=0.0)
+    adam = torch.optim.Adam([weight], lr=1.0, betas=(0.8, 0.95))
     ours = updates_of(gradients, scaling="adam", momentum=0.8, adam_beta2=0.95, **options)
     for update, reference in zip(ours, oracle_of(gradients, **options), strict=True):
         weight.data.zero_()
-        weight.grad = reference
+        weight.grad = reference * options["damping"]
+        adam.step()
+        assert relative_error(update, -weight.detach()) <= 1e-5
+
+
+def test_strong_damping_with_adam_scaling_is_adamw():
+    """λ → ∞ turns `λF⁻¹` into the identity."""
+    gradients = correlated_gradients(25)
+    weight = torch.nn.Parameter(torch.zeros(sum(math.prod(s) for s in SHAPES), dtype=torch.float64))
+    adam = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.0)
+    options = {"damping": 1e6, "damping_mode": "relative", "precondition": "gradient", "momentum": 0.9}
+    ours = updates_of(gradients, scaling="adam", adam_beta2=0.999, **options)
+    for update, gradient in zip(ours, gradients, strict=True):
+        weight.data.zero_()
+        weight.grad = torch.cat([part.double().flatten() for part in gradient])
         adam.step()
         assert relative_error(update, -weight.detach()) <= 1e-5
 
