@@ -160,8 +160,8 @@ def _tasks(model: torch.nn.Module, given: str | list[str] | None) -> list[str]:
 
 
 def _eval_results(rows: list[dict[str, float]], tasks: list[str], data_sets: list[dict]) -> list[EvalResult]:
-    """The last row's metrics for the model index; the loss alone where there is nothing else."""
-    metrics = evaluation_metrics(rows[-1]) if rows else {}
+    """The last evaluation's metrics for the model index; the loss alone where there is nothing else."""
+    metrics = evaluation_metrics(_last_evaluation(rows))
     metrics = {name: value for name, value in metrics.items() if not name.endswith("loss")} or metrics
     data = data_sets[0] if data_sets else {"type": "unknown", "name": "unknown", "config": None, "split": None}
     return [
@@ -209,17 +209,21 @@ def _tables(rows: list[dict[str, float]]) -> dict[str, Any]:
     """The results and the log as strings; of a long log evenly spaced rows, first and last among them."""
     if not rows:
         return {"results": [], "log": [], "n_logged": 0}
-    metrics = evaluation_metrics(rows[-1])
+    evaluation = _last_evaluation(rows)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     last = len(rows) - 1
     kept = sorted({round(i * last / (_MAX_LOG_ROWS - 1)) for i in range(_MAX_LOG_ROWS)})
     return {
-        "results": [(_readable(name), _figure(value)) for name, value in metrics.items()],
-        "results_step": rows[-1]["step"],
+        "results": [(_readable(name), _figure(value)) for name, value in evaluation_metrics(evaluation).items()],
+        "results_step": evaluation.get("step"),
         "log_header": [_readable(name) for name in columns],
         "log": [[_figure(rows[i].get(name)) for name in columns] for i in kept],
         "n_logged": len(rows),
     }
+
+
+def _last_evaluation(rows: list[dict[str, float]]) -> dict[str, float]:
+    return next((row for row in reversed(rows) if evaluation_metrics(row)), {})
 
 
 def _readable(name: str) -> str:

@@ -85,7 +85,7 @@ def _state_bytes(optimizer: Optimizer) -> int:
 
 
 def log_rows(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The log as a table: a row per evaluation, or per training entry of a run that never evaluated.
+    """The log as a table: a row per evaluation, or per logged step of a run that evaluated once or never.
 
     Args:
         history: `trainer.state.log_history`.
@@ -93,14 +93,14 @@ def log_rows(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     Returns:
         Rows with `step`, `epoch`, `loss` (the training loss logged last) and the `eval_` metrics.
     """
-    evaluated = any(evaluation_metrics(entry) for entry in history)
+    by_evaluation = len({entry["step"] for entry in history if evaluation_metrics(entry)}) > 1
     rows: dict[int, dict[str, float]] = {}
     loss: dict[str, float] = {}
     for entry in history:
         if "loss" in entry:
             loss = {"loss": entry["loss"]}
         metrics = evaluation_metrics(entry)
-        if metrics or ("loss" in entry and not evaluated):
+        if metrics or ("loss" in entry and not by_evaluation):
             start = {"step": entry["step"], "epoch": entry.get("epoch", 0.0), **loss}
             rows.setdefault(entry["step"], start).update(metrics)
     return list(rows.values())

@@ -89,6 +89,13 @@ def test_model_index_is_the_last_evaluation(trainer, card):
     assert data.model_name == "tiny-digits"
 
 
+def test_results_are_of_the_last_evaluation_even_if_training_went_on(trainer, card, monkeypatch):
+    history = [{"step": 4, "eval_loss": 2.0, "eval_f1": 0.5}, {"step": 8, "loss": 1.0}]
+    monkeypatch.setattr(trainer.state, "log_history", history)
+    assert "At step 4:" in card().text
+    assert card().data.eval_results[0].metric_value == 0.5
+
+
 def test_optimizer_section_has_the_changed_options_alone_and_the_paper(card):
     shown = {name.removesuffix(" (option)"): value for name, value in table(card(), "Optimizer") if "(option)" in name}
     assert {name: float(value) for name, value in shown.items()} == OPTIONS
@@ -243,6 +250,13 @@ def test_notebook_has_no_command():
 def test_log_of_a_run_without_evaluation_is_its_losses():
     history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "train_runtime": 9.0}]
     assert [(row["step"], row["loss"]) for row in log_rows(history)] == [(1, 3.0), (2, 2.0)]
+
+
+def test_log_of_a_run_evaluated_at_its_end_is_its_losses_and_that():
+    history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "eval_loss": 1.0, "eval_runtime": 9.0}]
+    assert [(row["step"], row["loss"], row.get("eval_loss")) for row in log_rows(history)] == [
+        (1, 3.0, None), (2, 2.0, None), (3, 2.0, 1.0),
+    ]  # fmt: skip
 
 
 def test_trainer_writes_this_card(trainer):
