@@ -7,3 +7,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 runpy.run_path(str(Path(__file__).parent / "cpu_torchvision" / "sitecustomize.py"))
+
+from hypothesis import settings  # noqa: E402
+
+# The same examples at every run, and no deadline: test machines are shared.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
