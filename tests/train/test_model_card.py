@@ -16,7 +16,7 @@ from hf_efcp.train import EfcpTrainer
 from hf_efcp.train.model_card import write_model_card
 from hf_efcp.train.run_record import OptimizerRecord, command_line, log_rows
 
-OPTIONS = {"window": 5, "damping": 0.25, "density": 0.01}
+OPTIONS = {"window": 5, "damping": 0.37, "density": 0.03}
 
 
 @pytest.fixture(scope="module")
