@@ -56,10 +56,12 @@ def adamw_replacement(spec: OptimizerSpec, raw: dict[str, Any]) -> type[Optimize
             if given.get("maximize"):
                 raise NotImplementedError(f"`{spec.name}` minimizes; AdamW was asked to maximize.")
             unused = {k: v for k, v in given.items() if k not in _KEPT and v != defaults[k]}
+            if not told:
+                logger.info("torch.optim.AdamW is %s here.", spec.name)
             if unused.keys() - told:
-                told.update(unused)
                 shown = ", ".join(f"{k}={v!r}" for k, v in unused.items())
-                logger.warning("torch.optim.AdamW is %s here; not used of AdamW's arguments: %s.", spec.name, shown)
+                logger.warning("%s has no use for these arguments of torch.optim.AdamW: %s.", spec.name, shown)
+            told.update(["AdamW", *unused])
             kept = {k: given.get(k, defaults[k]) for k in ("lr", "weight_decay")}
             super().__init__(given["params"], **kept, **options)
 
