@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import load_dataset
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from transformers import EvalPrediction, PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class Task:
         train, validation: examples as a data collator takes them.
         new_model: builds the model; its weights depend on torch's seed.
         steps, batch_size, learning_rate: the usual run.
+        tokenizer: pads the examples of a batch; `None` where they have one shape.
     """
 
     name: str
@@ -33,6 +44,7 @@ class Task:
     steps: int
     batch_size: int
     learning_rate: float
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def digits() -> Task:
@@ -61,6 +73,36 @@ def digits() -> Task:
         steps=400,
         batch_size=64,
         learning_rate=1e-3,
+    )
+
+
+def trec(data: str | Path, model: str | Path) -> Task:
+    """Questions by what they ask for, six coarse classes, and a pretrained encoder with a new head.
+
+    Args:
+        data: folder or hub id of TREC with the columns `text` and `coarse_label`; its test split is for validation.
+        model: folder or hub id of the encoder.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    splits = load_dataset(str(data))
+    examples = {
+        name: [
+            {**tokenizer(text, truncation=True), "labels": label}
+            for text, label in zip(split["text"], split["coarse_label"], strict=True)
+        ]
+        for name, split in splits.items()
+    }
+    n_labels = 1 + max(example["labels"] for example in examples["train"])
+    return Task(
+        name="TREC coarse",
+        hub_task="text-classification",
+        train=examples["train"],
+        validation=sorted(examples["test"], key=lambda example: len(example["input_ids"])),  # batches pad little
+        new_model=lambda: AutoModelForSequenceClassification.from_pretrained(model, num_labels=n_labels),
+        steps=170,
+        batch_size=32,
+        learning_rate=2e-4,
+        tokenizer=tokenizer,
     )
 
 
