@@ -123,7 +123,8 @@ def quantize_int8(values: Tensor, scales: Tensor) -> Tensor:
 
 def dequantize_int8(values: Tensor, scales: Tensor) -> Tensor:
     """`value·scale` in float32; `values` (B, …) int8, `scales` (B/G,) or, for (B, m, k) values, (B/G, m)."""
-    grouped = values.view(len(scales), -1, *values.shape[1:]).float()
+    group = len(values) // max(1, len(scales))
+    grouped = values.view(len(scales), group, *values.shape[1:]).float()
     shape = (len(scales), 1, *scales.shape[1:], *([1] * (values.dim() - scales.dim())))
     return (grouped * scales.view(shape)).view(values.shape)
 

@@ -119,7 +119,7 @@ def test_sliding_inverse_does_not_drift_over_thousands_of_rows(m, damping):
 def test_update_alone_is_the_inverse_without_a_rebuild(monkeypatch):
     """The rank-2 formula itself, for 200 rows."""
     monkeypatch.setattr(SlidingInverse, "reset", lambda *_: pytest.fail("rebuilt"))
-    for _, gram, inverse in slide(16, 200, 1e-3):  # noqa: B007
+    for _, gram, inverse in slide(16, 200, 1e-3):
         inverse.solve(gram, gram[0])
     exact = torch.linalg.inv(gram + inverse.shift * torch.eye(16, dtype=torch.float64))
     torch.testing.assert_close(inverse.inverse, exact, rtol=1e-8, atol=1e-8)
