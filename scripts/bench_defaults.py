@@ -2,7 +2,7 @@
 
     python scripts/bench_defaults.py                                        # AdamW and efcp_mfac, 3 seeds
     python scripts/bench_defaults.py --option window=64 --option damping=3  # two variants besides
-    python scripts/bench_defaults.py --optimizer efcp_ggt --tasks digits --seeds 5
+    python scripts/bench_defaults.py --optimizer efcp_ggt --tasks digits --seeds 0 1 2 3 4
     python scripts/bench_defaults.py --stop 80 --tasks trec                 # screen: the first 80 steps of the schedule
 
 The tasks are a new ViT on handwritten digits and a pretrained MiniLM on TREC's questions. Each finished run is a JSON
@@ -231,7 +231,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--optimizer", default="efcp_mfac", help="compared with AdamW (default: %(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE,…", help="a variant; repeatable")
     parser.add_argument("--only_options", action="store_true", help="neither AdamW nor the defaults")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of the schedule, by default the task's")
     parser.add_argument("--stop", type=int, default=10**9, help="stop after so many steps of the schedule")
     parser.add_argument("--data", default=str(REPOSITORY.parent / "shared/data/trec"), help="TREC")
@@ -249,7 +249,7 @@ def planned(options: argparse.Namespace) -> list[Run]:
     runs = [
         Run.of(task, *variant, seed, options.steps or EVALUATED[task][-1], options.stop)
         for task in options.tasks
-        for seed in range(options.seeds)
+        for seed in options.seeds
         for variant in variants
     ]
     return list(dict.fromkeys(runs))
