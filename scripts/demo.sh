@@ -4,4 +4,5 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 environment hf
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a model this small gains nothing from threads, and loses on a busy machine
 exec python scripts/demo.py "$@"
