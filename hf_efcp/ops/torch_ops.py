@@ -174,7 +174,7 @@ def window_dots(indices: Tensor, values: Tensor, x: Tensor, scales: Tensor | Non
 def _chunks(indices: Tensor, values: Tensor, block_size: int, scales: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Runs of blocks with their values, int8 scaled."""
     n_blocks, window, k = indices.shape
-    group = 1 if scales is None else n_blocks // len(scales)
+    group = 1 if scales is None else n_blocks // max(1, len(scales)) or 1
     per_chunk = group * max(1, _CHUNK // (max(window * k, block_size) * group))
     for start in range(0, n_blocks, per_chunk):
         part = slice(start, start + per_chunk)
