@@ -58,6 +58,9 @@ class EfcpOptimizer(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _state_device(self, parameter: Tensor) -> torch.device:
+        return parameter.device
+
     def _adopt_state(self) -> None:
         """Make the tensors in `self.state` this optimizer's own; called after loading, when they may be another's."""
         for state in self.state.values():
@@ -102,7 +105,9 @@ class EfcpOptimizer(Optimizer):
         for saved, parameter in zip(saved_ids, self._parameters(), strict=True):
             if saved in state_dict["state"]:
                 state = state_dict["state"][saved]
-                self.state[parameter] = {name: _on_device(value, parameter.device) for name, value in state.items()}
+                self.state[parameter] = {
+                    name: _on_device(value, self._state_device(parameter)) for name, value in state.items()
+                }
         self.defaults.update({n: self.param_groups[0][n] for n in self.defaults.keys() - {"lr", "weight_decay"}})
         if self.state:  # accelerate loads the empty state of a new optimizer
             self._adopt_state()
@@ -116,12 +121,16 @@ class EfcpOptimizer(Optimizer):
             if saved[name] != self.defaults[name]:
                 logger.warning("`%s` is %r in the saved state; it replaces %r.", name, saved[name], self.defaults[name])
 
+    def materialize_state(self) -> None:
+        """Make the state that the first step would make. On the meta device it takes no memory, but counts."""
+        raise NotImplementedError(f"{type(self).__name__} makes its state at the first step only.")
+
     def state_bytes(self) -> int:
         """Bytes of all tensors that live between steps, each storage counted once."""
         storages = {}
         for value in _tensors(self.state.values()):
             storage = value.untyped_storage()
-            storages[(value.device, storage.data_ptr())] = storage.nbytes()
+            storages[storage._cdata] = storage.nbytes()  # the address of its data is 0 on the meta device
         return sum(storages.values())
 
     @property

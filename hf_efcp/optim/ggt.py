@@ -35,7 +35,7 @@ class GGT(WindowOptimizer):
         beta1: averaging of `x`, 0 for none; without bias correction, as published.
         beta2: decay of older rows, 1 for none.
         compression, density, selection, block_size, rank, system, precondition, scaling, update_rms, momentum,
-        adam_beta2, weight_decay, value_dtype, residual_dtype: see `MFAC`.
+        adam_beta2, weight_decay, value_dtype, residual_dtype, moment_dtype, state_device: see `MFAC`.
 
     Raises:
         ValueError, TypeError: an option is out of range or of the wrong kind, by name.
@@ -84,6 +84,8 @@ class GGT(WindowOptimizer):
         weight_decay: float = 0.0,
         value_dtype: str | torch.dtype = "float32",
         residual_dtype: str | torch.dtype = "float32",
+        moment_dtype: str | torch.dtype = "float32",
+        state_device: str | None = None,
     ):
         given = dict(locals())
         options = check_options(self.options, given)

@@ -26,8 +26,9 @@ class MFAC(WindowOptimizer):
 
         row j ← compress(residual + g), u as above, v ← momentum·v + u, p ← p(1 − lr·weight_decay) − lr·scale(v)
 
-    Every `scaling` but `"none"` sees `λu`, which is `x` where the window holds nothing, so that its length does not jump
-    while the window fills; with `"adam"` and λ → ∞ the rule is AdamW. Clip gradients before the step as with any optimizer; the window then holds clipped gradients.
+    Every `scaling` but `"none"` sees `λu`, which is `x` where the window holds nothing, so that its length does not
+    jump while the window fills; with `"adam"` and λ → ∞ the rule is AdamW. Clip gradients before the step as with any
+    optimizer; the window then holds clipped gradients.
 
     Args:
         params: parameters or groups; groups may differ in `lr` and `weight_decay`.
@@ -45,7 +46,9 @@ class MFAC(WindowOptimizer):
             parameter, to `update_rms`; `"adam"` takes Adam's two moments of `u` (β₁ is `momentum`).
         momentum: heavy ball.
         weight_decay: decoupled, as AdamW's.
-        value_dtype, residual_dtype: storage of rows and residual.
+        adam_beta2: decay of Adam's second moment.
+        value_dtype, residual_dtype, moment_dtype: storage of rows, residual and moments.
+        state_device: device that keeps all of these, such as `"cpu"`; gradient and update cross to it and back.
 
     Raises:
         ValueError, TypeError: an option is out of range or of the wrong kind, by name.
@@ -89,6 +92,8 @@ class MFAC(WindowOptimizer):
         weight_decay: float = 0.0,
         value_dtype: str | torch.dtype = "float32",
         residual_dtype: str | torch.dtype = "float32",
+        moment_dtype: str | torch.dtype = "float32",
+        state_device: str | None = None,
     ):
         given = dict(locals())
         options = check_options(self.options, given)
@@ -103,9 +108,9 @@ class MFAC(WindowOptimizer):
 
     def _shared_state(self, device: torch.device) -> dict[str, Tensor]:
         shared = super()._shared_state(device)
-        if self._slides and device.type == "cpu":
+        if self._slides and device.type in ("cpu", "meta"):  # a model on meta is counted as it will be on the CPU
             window, damping = self.defaults["window"], self.defaults["damping"]
-            shared["inverse"] = torch.eye(window, dtype=torch.float64) / (window * damping)
+            shared["inverse"] = torch.eye(window, dtype=torch.float64, device=device) / (window * damping)
         return shared
 
     def _follow_gram(self, shared: dict[str, Tensor], row: Tensor, change: Tensor) -> None:

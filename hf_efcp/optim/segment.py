@@ -1,8 +1,8 @@
-"""The flat buffers of all parameters that live on one device."""
+"""The flat buffers of parameters: one segment for each device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,16 +34,18 @@ class Segment:
     Args:
         params: parameters, all on one device.
         options: an optimizer's checked options.
-        moments: names of the float32 vectors of the parameters' size that live between steps.
+        moments: names of the vectors of the parameters' size that live between steps.
 
     Attributes:
+        device: of the buffers: the parameters', or `options["state_device"]`.
         n_systems: m×m systems over these parameters.
-        moments: (layout.size,) float32 vectors by name.
+        moments: (layout.size,) vectors of `options["moment_dtype"]` by name.
     """
 
     def __init__(self, params: Sequence[Tensor], options: Mapping[str, Any], moments: Sequence[str]):
         self.params = list(params)
-        self.device = self.params[0].device
+        self.parameter_device = self.params[0].device
+        self.device = torch.device(options["state_device"] or self.parameter_device)
         shapes = [p.shape for p in self.params]
         if options["compression"] == "topk" and options["selection"] == "block":
             block_size = options["block_size"]
@@ -53,12 +55,14 @@ class Segment:
             self.layout = Layout(shapes, 1)
         self.n_systems = len(self.params) if options["system"] == "layer" else 1
         self.window = make_window(self.layout, options, self.device)
-        self.moments = {name: self.layout.zeros(torch.float32, self.device) for name in moments}
+        dtype = DTYPES[options["moment_dtype"]]
+        self.moments = {name: self.layout.zeros(dtype, self.device) for name in moments}
 
     def fits(self, params: Sequence[Tensor]) -> bool:
         """Whether these buffers are those of `params`, still on the same device."""
         return len(params) == len(self.params) and all(
-            ours is theirs and ours.device == self.device for ours, theirs in zip(self.params, params, strict=True)
+            ours is theirs and ours.device == self.parameter_device
+            for ours, theirs in zip(self.params, params, strict=True)
         )
 
     def views(self) -> list[dict[str, Tensor]]:
@@ -72,3 +76,66 @@ class Segment:
     def flat_gradient(self) -> Tensor:
         """A float32 copy of all gradients, (layout.size,); a missing one counts as zero."""
         return self.layout.flatten([p.grad for p in self.params], self.device)
+
+
+class Segments:
+    """The segments of a model and the m×m systems over them.
+
+    Args:
+        params: all parameters, in the optimizer's order.
+        options: an optimizer's checked options.
+        moments: as for `Segment`.
+        key: what tells the parameters of one segment from those of another; the device.
+
+    Raises:
+        NotImplementedError: a model on several devices with rows that cross parameters.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        options: Mapping[str, Any],
+        moments: Sequence[str],
+        key: Callable[[Tensor], Any],
+    ):
+        self._key = key
+        self._per_parameter = options["system"] == "layer"
+        parts = self._partition(params)
+        if options["compression"] == "topk" and options["selection"] == "global" and len(parts) > 1:
+            raise NotImplementedError(
+                f"selection='global' ranks all entries of a model on one device; this one is spread over "
+                f"{sorted(map(str, map(key, params)))}. Use selection='block'."
+            )
+        self._segments = [Segment(part, options, moments) for part in parts]
+
+    def _partition(self, params: Sequence[Tensor]) -> list[list[Tensor]]:
+        by_key: dict[Any, list[Tensor]] = {}
+        for parameter in params:
+            by_key.setdefault(self._key(parameter), []).append(parameter)
+        return list(by_key.values())
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self._segments)
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    def fits(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the buffers of `params`, none swapped or moved since: accelerate does both."""
+        parts = self._partition(params)
+        return len(parts) == len(self) and all(s.fits(part) for s, part in zip(self, parts, strict=True))
+
+    def views(self) -> dict[Tensor, dict[str, Tensor]]:
+        """For each parameter its views of the buffers, by name."""
+        return {p: views for segment in self for p, views in zip(segment.params, segment.views(), strict=True)}
+
+    def gather(self, parts: Sequence[Tensor], device: torch.device) -> Tensor:
+        """(S, m) products of the model on `device`, from those of the segments."""
+        moved = [part.to(device) for part in parts]
+        return torch.cat(moved) if self._per_parameter else sum(moved)
+
+    def scatter(self, values: Tensor) -> list[Tensor]:
+        """For each segment the rows of `values` (S, …) that are its systems', on its device."""
+        counts = [segment.n_systems for segment in self]
+        parts = values.split(counts) if self._per_parameter else [values] * len(self)
+        return [part.to(segment.device) for segment, part in zip(self, parts, strict=True)]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_efcp.optim.apply import apply_
 from hf_efcp.optim.base import EfcpOptimizer
-from hf_efcp.optim.scaling import adam_, layer_rms_, rms_
-from hf_efcp.optim.segment import Segment
+from hf_efcp.optim.diagnostics import Recorded, basic_figures, shape_figures
+from hf_efcp.optim.scaling import adam_, heavy_ball_, layer_rms_, rms_
+from hf_efcp.optim.segment import Segment, Segments
 
 
 class WindowOptimizer(EfcpOptimizer):
@@ -24,8 +25,8 @@ class WindowOptimizer(EfcpOptimizer):
 
     record_metrics = False  # whether a step keeps the norms of its gradient and update for `metrics()`
 
-    _segments: list[Segment] | None = None
-    _norms: dict[str, Tensor] | None = None
+    _segments: Segments | None = None
+    _recorded: Recorded | None = None
 
     def _solve(
         self, shared: dict[str, Tensor], gram: Tensor, row: Tensor, dots: Tensor | None
@@ -66,26 +67,19 @@ class WindowOptimizer(EfcpOptimizer):
         """The first group's: `OneCycleLR` and `CyclicLR` write it there."""
         return self.param_groups[0]["momentum"]
 
-    # ------------------------------------------------------------------ state
-
     def _segment_key(self, parameter: Tensor) -> Any:
         return parameter.device
+
+    def _state_device(self, parameter: Tensor) -> torch.device:
+        return torch.device(self.defaults["state_device"] or parameter.device)
 
     def _adopt_state(self) -> None:
         """Make buffers for today's parameters, fill them from `self.state`, and put their views there."""
         params = self._parameters()
-        by_key: dict[Any, list[Tensor]] = {}
-        for parameter in params:
-            by_key.setdefault(self._segment_key(parameter), []).append(parameter)
-        if self.defaults["compression"] == "topk" and self.defaults["selection"] == "global" and len(by_key) > 1:
-            raise NotImplementedError(
-                f"selection='global' ranks all entries of a model on one device; this one is spread over "
-                f"{sorted(map(str, by_key))}. Use selection='block'."
-            )
-        segments = [Segment(part, self.defaults, self._moments()) for part in by_key.values()]
-        states = {p: views for segment in segments for p, views in zip(segment.params, segment.views(), strict=True)}
+        segments = Segments(params, self.defaults, self._moments(), self._segment_key)
+        states = segments.views()
         first = states[params[0]]
-        first.update(self._shared_state(params[0].device))
+        first.update(self._shared_state(self._state_device(params[0])))
         for segment in segments:
             first.update(segment.window.shared_buffers())
         for parameter, views in states.items():
@@ -124,23 +118,14 @@ class WindowOptimizer(EfcpOptimizer):
         super().__setstate__(state)
         self._segments = None
 
-    def _current_segments(self) -> list[Segment]:
-        params = self._parameters()
-        held = list(chain.from_iterable(segment.params for segment in self._segments or []))
-        # Another parameter, device or placement since the last step: accelerate swaps and moves parameters.
-        if self._segments is None or len(held) != len(params) or not self._all_fit(params):
+    def materialize_state(self) -> None:
+        """See `EfcpOptimizer.materialize_state`."""
+        self._current_segments()
+
+    def _current_segments(self) -> Segments:
+        if self._segments is None or not self._segments.fits(self._parameters()):
             self._adopt_state()
         return self._segments
-
-    def _all_fit(self, params: list[Tensor]) -> bool:
-        by_key: dict[Any, list[Tensor]] = {}
-        for parameter in params:
-            by_key.setdefault(self._segment_key(parameter), []).append(parameter)
-        return len(by_key) == len(self._segments) and all(
-            segment.fits(part) for segment, part in zip(self._segments, by_key.values(), strict=True)
-        )
-
-    # ------------------------------------------------------------------- step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -156,17 +141,19 @@ class WindowOptimizer(EfcpOptimizer):
         gradients = [segment.flat_gradient() for segment in segments]
         accept = self._acceptable(gradients, shared)
         if self.record_metrics:
-            self._norms = {"gradient_norm": _norm(gradients, accept.device)}
+            self._recorded = Recorded(gradients, accept.device)
         if self._rejects(accept):
             return loss
         updates = self._precondition(segments, shared, self._zero_unless_(accept, gradients), accept)
+        if self.record_metrics:
+            self._recorded.precondition(updates)
         shared["step"] += accept
         accept = self._finite(updates, accept, shared)
         if not self._rejects(accept):
             updates = self._scaled(updates, segments, shared, accept)
-            self._apply(updates, segments, accept)
-        if self.record_metrics:
-            self._norms["update_norm"] = _norm(updates, accept.device)
+            if self.record_metrics:
+                self._recorded.update(updates)
+            apply_(self.param_groups, updates, segments, accept)
         return loss
 
     def _reads_flags(self, device: torch.device) -> bool:
@@ -204,31 +191,31 @@ class WindowOptimizer(EfcpOptimizer):
         return finite & torch.stack([gradient.any().to(device) for gradient in gradients]).any()
 
     def _precondition(
-        self, segments: list[Segment], shared: dict[str, Tensor], gradients: list[Tensor], accept: Tensor
+        self, segments: Segments, shared: dict[str, Tensor], gradients: list[Tensor], accept: Tensor
     ) -> list[Tensor]:
         device = accept.device
         row = shared["step"] % self.defaults["window"]
         scratch = [torch.empty_like(x) for x in gradients] if self._keeps_gradient else gradients
-        parts = [
-            segment.window.push(gradient, row.to(segment.device), accept.to(segment.device), out).to(device)
+        products = [
+            segment.window.push(gradient, row.to(segment.device), accept.to(segment.device), out)
             for segment, gradient, out in zip(segments, gradients, scratch, strict=True)
         ]
         gram = shared["gram"].view(-1, *shared["gram"].shape[-2:])
-        products = torch.where(accept, self._gather_systems(parts), gram[:, row])
-        change = products - gram[:, row]
-        gram.index_copy_(1, row[None], products[:, None, :])
-        gram.index_copy_(2, row[None], products[:, :, None])
+        newest = torch.where(accept, segments.gather(products, device), gram[:, row])
+        change = newest - gram[:, row]
+        gram.index_copy_(1, row[None], newest[:, None, :])
+        gram.index_copy_(2, row[None], newest[:, :, None])
         self._follow_gram(shared, row, change)
         targets = self._targets(segments, gradients, scratch, row, accept)
         dots = None
         if targets is not None:
-            parts = [s.window.dots(x).to(device) for s, x in zip(segments, targets, strict=True)]
-            dots = self._gather_systems(parts)
+            dots = segments.gather([s.window.dots(x) for s, x in zip(segments, targets, strict=True)], device)
         coefficients, weight = self._solve(shared, gram, row, dots)
-        for i, (segment, update) in enumerate(zip(segments, scratch, strict=True)):
-            segment.window.combine(self._systems_of(segment, coefficients).to(segment.device), update)
-            if targets is not None:
-                self._add_(update, targets[i], self._systems_of(segment, weight), segment)
+        for segment, update, part in zip(segments, scratch, segments.scatter(coefficients), strict=True):
+            segment.window.combine(part, update)
+        if targets is not None:
+            for segment, update, target, part in zip(segments, scratch, targets, segments.scatter(weight), strict=True):
+                _add_(update, target, part, segment)
         return scratch
 
     @property
@@ -237,31 +224,10 @@ class WindowOptimizer(EfcpOptimizer):
         return self.defaults["precondition"] == "gradient" and self.defaults["compression"] != "none"
 
     def _targets(
-        self, segments: list[Segment], gradients: list[Tensor], scratch: list[Tensor], row: Tensor, accept: Tensor
+        self, segments: Segments, gradients: list[Tensor], scratch: list[Tensor], row: Tensor, accept: Tensor
     ) -> list[Tensor] | None:
         """What is preconditioned, a flat vector a segment; `None` for the newest row."""
         return gradients if self._keeps_gradient else None
-
-    def _gather_systems(self, parts: list[Tensor]) -> Tensor:
-        """(S, m) products of the model from those of its segments."""
-        return torch.cat(parts) if self.defaults["system"] == "layer" else sum(parts)
-
-    def _systems_of(self, segment: Segment, values: Tensor) -> Tensor:
-        """The rows of `values` (S, …) that belong to a segment."""
-        if self.defaults["system"] == "model":
-            return values
-        before = self._segments[: self._segments.index(segment)]
-        start = sum(len(other.params) for other in before)
-        return values[start : start + len(segment.params)]
-
-    def _add_(self, update: Tensor, gradient: Tensor, weights: Tensor, segment: Segment) -> None:
-        """`update += weight·gradient`, with one weight or one for each parameter."""
-        weights = weights.to(segment.device, update.dtype)
-        if len(weights) == 1:
-            update.addcmul_(gradient, weights)
-            return
-        for part, x, weight in zip(segment.layout.split(update), segment.layout.split(gradient), weights, strict=True):
-            part.addcmul_(x, weight)
 
     def _finite(self, updates: list[Tensor], accept: Tensor, shared: dict[str, Tensor]) -> Tensor:
         """`accept`, less the case of an update that overflowed."""
@@ -270,66 +236,49 @@ class WindowOptimizer(EfcpOptimizer):
         return accept & finite
 
     def _scaled(
-        self, updates: list[Tensor], segments: list[Segment], shared: dict[str, Tensor], accept: Tensor
+        self, updates: list[Tensor], segments: Segments, shared: dict[str, Tensor], accept: Tensor
     ) -> list[Tensor]:
         """Momentum and scaling: the updates as they are applied. Zero where the step is not accepted."""
         options = self.defaults
         self._zero_unless_(accept, updates)
         if options["scaling"] == "adam":
             adam_(updates, segments, shared["step"], accept, beta1=self._momentum, beta2=options["adam_beta2"])
-        elif "momentum" in segments[0].moments:
-            for i, segment in enumerate(segments):
-                keep = accept.to(segment.device)
-                buffer = segment.moments["momentum"]
-                buffer.mul_(torch.where(keep, self._momentum, 1.0).to(buffer.dtype)).add_(updates[i])
-                torch.where(keep, buffer, buffer.new_zeros(()), out=updates[i])
+        elif "momentum" in self._moments():
+            heavy_ball_(updates, segments, accept, momentum=self._momentum)
         if options["scaling"] == "rms":
             rms_(updates, segments, options["update_rms"])
         elif options["scaling"] == "layer_rms":
             layer_rms_(updates, segments, options["update_rms"])
         return updates
 
-    def _apply(self, updates: list[Tensor], segments: list[Segment], accept: Tensor) -> None:
-        """`p ← p(1 − lr·weight_decay) − lr·update`, nothing where the step is not accepted.
-
-        A parameter without a gradient stays as it is: it may be frozen, and decay or momentum must not move it.
-        """
-        update_of = {}
-        for segment, update in zip(segments, updates, strict=True):
-            update_of.update(zip(segment.params, segment.layout.split(update), strict=True))
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            lr, decay = group["lr"], group["weight_decay"]
-            if lr and decay:
-                factor = 1 - lr * decay * accept.double()
-                for parameter in params:
-                    parameter.mul_(factor.to(parameter.device))
-            torch._foreach_add_(params, [update_of[p] for p in params], alpha=-lr)
-
-    # ---------------------------------------------------------------- metrics
-
     def _condition(self, eigenvalues: Tensor) -> Tensor:
         """Condition numbers of the systems that `_solve` solves, from the (…, m) eigenvalues of `GGᵀ`, ascending."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
-        """`EfcpOptimizer.metrics`, with norms of residual, gradient and update, and the system's condition.
+        """`EfcpOptimizer.metrics`, with norms of residual, gradient and update, and the systems' condition.
 
-        Norms of gradient and update are those of the last step taken with `record_metrics` true.
+        What concerns a gradient or an update is that of the last step taken with `record_metrics` true.
         """
-        figures = super().metrics()
-        if not self._segments:
-            return figures
-        shared = self.state[self._parameters()[0]]
-        residuals = [part.float() for segment in self._segments for part in segment.window.residuals()]
-        tensors = dict(self._norms or {})
-        if residuals:
-            tensors["residual_norm"] = _norm(residuals, shared["gram"].device)
-        tensors["system_condition"] = self._condition(torch.linalg.eigvalsh(shared["gram"]).clamp_min(0)).max()
-        return {**figures, **{name: float(value) for name, value in tensors.items()}}
+        return {**super().metrics(), **self._figures(basic_figures)}
+
+    def diagnostics(self) -> dict[str, float]:
+        """How the curvature shapes the steps, see `hf_efcp.optim.diagnostics`. Waits for the device."""
+        return self._figures(shape_figures)
+
+    def _figures(self, figures_of: Callable[..., dict[str, Tensor]]) -> dict[str, float]:
+        if self._segments is None:
+            return {}
+        gram = self.state[self._parameters()[0]]["gram"]
+        figures = figures_of(gram, self._condition, self._segments, self._recorded)
+        return {name: float(value) for name, value in figures.items()}
 
 
-def _norm(vectors: list[Tensor], device: torch.device) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(v, dtype=torch.float64).to(device) for v in vectors]).norm()
+def _add_(update: Tensor, target: Tensor, weights: Tensor, segment: Segment) -> None:
+    """`update += weight·target`, with one weight or one for each parameter."""
+    weights = weights.to(update.dtype)
+    if len(weights) == 1:
+        update.addcmul_(target, weights)
+        return
+    for part, x, weight in zip(segment.layout.split(update), segment.layout.split(target), weights, strict=True):
+        part.addcmul_(x, weight)

@@ -71,6 +71,20 @@ WINDOW_OPTIONS = (
         choices=("float32", "bfloat16", "int4"),
         source="MicroAdam, arXiv 2405.15593",
     ),
+    Option(
+        "moment_dtype",
+        str,
+        "dtype of momentum and of Adam's moments; the second moment is rounded stochastically",
+        choices=("float32", "bfloat16"),
+        source=_HERE,
+    ),
+    Option(
+        "state_device",
+        str,
+        "device that keeps window, residual and moments, such as cpu; none for the parameters' own",
+        optional=True,
+        source=_HERE,
+    ),
 )
 
 

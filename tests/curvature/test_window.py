@@ -10,7 +10,7 @@ from hf_efcp.optim.segment import Segment
 SHAPES = [(6, 5), (7,), (1,), (2, 3, 4)]
 OPTIONS = {
     "window": 4, "block_size": 8, "density": 0.3, "rank": 2, "system": "model", "selection": "block",
-    "value_dtype": "float32", "residual_dtype": "float32",
+    "value_dtype": "float32", "residual_dtype": "float32", "moment_dtype": "float32", "state_device": None,
 }  # fmt: skip
 KINDS = {
     "dense": {"compression": "none"},
