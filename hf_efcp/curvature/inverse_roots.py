@@ -1,0 +1,129 @@
+"""Inverse roots of sketched matrices, and a gradient multiplied by those of its axes.
+
+With `t = ρ + ε`, `c = t^{-1/p}` and `e = (s² + ρ + ε)^{-1/p}`:
+
+    (C + ρI + εI)^{-1/p} Y = c·Y + U diag(e − c) UᵀY
+
+Sketchy, arXiv 2302.03764, section 4. Leading dimensions are batch dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_efcp.curvature.sketch import Sketch
+
+
+class Root(NamedTuple):
+    """An inverse root: `outside`, (…,), times what is outside `basis` (…, d, k), `inside` (…, k) within."""
+
+    basis: Tensor
+    inside: Tensor
+    outside: Tensor
+
+
+def inverse_root(
+    sketch: Sketch,
+    residual: Tensor,
+    *,
+    order: int,
+    epsilon: float,
+    relative: bool,
+    trace: Tensor | None = None,
+) -> Root:
+    """`(C + ρI + εI)^{-1/p}`, its tail never below what the present gradient shows outside of the sketch.
+
+    With an exact update in the same step `ρ` is the larger, and nothing changes. A sketch that is old, or not yet
+    full, has not seen some directions: there `ρ = 0` would multiply them by `ε^{-1/p}`, thousands. They count as
+    their mean square in this gradient, and while `ρ = 0` at least as the mean kept direction.
+
+    Args:
+        sketch: of one axis.
+        residual: `‖G − UUᵀG‖²`, (…,) float64.
+        order: p, twice the number of preconditioned axes.
+        epsilon: ε, in units of the largest eigenvalue where `relative`.
+        trace: `tr M`, (…,) float64; the tail is then the mean eigenvalue that the sketch does not hold, instead of
+            the bound ρ. Nearer to full Shampoo on decaying spectra, further from it on flat ones.
+    """
+    basis, s, rho = sketch
+    d, k = basis.shape[-2:]
+    squares = s.square()
+    values = squares + rho[..., None]
+    rank = (s > 0).sum(-1)
+    tail = rho
+    if trace is not None and d > k:
+        tail = (trace - squares.sum(-1) - k * rho).clamp_min(0) / (d - k)
+    unseen = residual.clamp_min(0) / (d - rank).clamp_min(1)
+    mean = squares.sum(-1) / rank.clamp_min(1)
+    tail = torch.where(rho > 0, tail, mean).maximum(unseen)
+    damping = epsilon * torch.maximum(values[..., 0], tail) if relative else torch.full_like(tail, epsilon)
+    power = -1 / order
+    shifted = tail + damping
+    outside = torch.where(shifted > 0, shifted, 1) ** power
+    inside = torch.where(values > 0, values + damping[..., None], 1) ** power
+    return Root(basis, inside, outside)
+
+
+def residual_square(total: Tensor, projection: Tensor) -> Tensor:
+    """`‖G − UUᵀG‖²` from `‖G‖²` (…,) float64 and `UᵀG` (…, k, b)."""
+    return total - torch.linalg.vector_norm(projection, dim=(-2, -1)).double().square()
+
+
+def precondition(gradient: Tensor, roots: Sequence[tuple[int, Root]], projections: Sequence[Tensor]) -> Tensor:
+    """The gradient multiplied along each given axis by its inverse root.
+
+    Args:
+        gradient: (n, d₁, …, d_q), a batch of equal shapes.
+        roots: axis (counted without the batch) and root of each preconditioned axis.
+        projections: `UᵀG` of each, (n, k, numel/d).
+
+    Returns:
+        a new tensor, or the gradient itself where no axis is preconditioned.
+    """
+    if gradient.ndim == 3 and len(roots) == 2:
+        return _both_sides(gradient, roots[0][1], roots[1][1], *projections)
+    result = gradient
+    for i, (axis, root) in enumerate(roots):
+        matrix = unfold(result, axis)
+        inner = projections[0] if i == 0 else root.basis.mT @ matrix
+        weights = _of(root.inside - root.outside[..., None], gradient)[..., None]
+        matrix = torch.baddbmm(matrix * _of(root.outside, gradient)[..., None, None], root.basis, weights * inner)
+        result = fold(matrix, axis, gradient.shape)
+    return result
+
+
+def _both_sides(gradient: Tensor, left: Root, right: Root, left_projection: Tensor, right_projection: Tensor) -> Tensor:
+    """`L G R` in one product with 2k inner columns beside the two projections.
+
+    With `A = UᵀG`, `Q = GV`, `S = AV`, `a = e_L/c_L − 1`, `b = e_R/c_R − 1`:
+    `L G R = c_L c_R [G + U(aA + (a S b)Vᵀ) + Q b Vᵀ]`.
+    """
+    u, v = left.basis, right.basis
+    a = _of(left.inside / left.outside[..., None] - 1, gradient)[..., None]
+    b = _of(right.inside / right.outside[..., None] - 1, gradient)[..., None, :]
+    cross = left_projection @ v
+    scaled_v = (v * b).mT
+    inner = torch.cat([a * (left_projection + cross @ scaled_v), scaled_v], -2)
+    outer = torch.cat([u, right_projection.mT], -1)
+    scale = _of(left.outside * right.outside, gradient)[..., None, None]
+    return torch.baddbmm(gradient, outer, inner).mul_(scale)
+
+
+def _of(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype)
+
+
+def unfold(tensor: Tensor, axis: int) -> Tensor:
+    """(n, d₁, …) as (n, d_axis, rest); a view where it can be."""
+    moved = tensor.movedim(axis + 1, 1)
+    return moved.reshape(*moved.shape[:2], -1)
+
+
+def fold(matrix: Tensor, axis: int, shape: torch.Size) -> Tensor:
+    """The inverse of `unfold`."""
+    moved = torch.Size([shape[0], shape[axis + 1], *shape[1 : axis + 1], *shape[axis + 2 :]])
+    return matrix.reshape(moved).movedim(1, axis + 1)

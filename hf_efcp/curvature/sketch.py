@@ -1,0 +1,146 @@
+"""Frequent directions: a matrix of decayed gradient products in `k` directions and one number.
+
+Sketchy, arXiv 2302.03764. All functions take any number of leading batch dimensions, form no d×d matrix, and
+change nothing in place.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OVERSAMPLING = 8  # columns of the block power step besides the kept directions
+
+
+class Sketch(NamedTuple):
+    """`C = U diag(s²) Uᵀ` with `C ⪯ M ⪯ C + ρI` for `M = Σ β₂^{T−t} G_t G_tᵀ`.
+
+    Attributes:
+        basis: `U`, (…, d, k); orthonormal columns, zero where nothing is kept.
+        singular_values: `s`, (…, k) float64, descending, in units of gradient.
+        tail: `ρ`, (…,) float64, the escaped mass, in units of squared gradient.
+    """
+
+    basis: Tensor
+    singular_values: Tensor
+    tail: Tensor
+
+
+def exact_update(sketch: Sketch, gradient: Tensor, beta2: float, tail_decay: float) -> Sketch:
+    """The sketch of `β₂(C + ρI) + GGᵀ` by the eigenvalues of a Gram matrix of side min(d, k + b), in float64.
+
+    The singular values `σ` of `X = [√β₂·U diag(s), G]` give `s² = (σ − σ_{k+1})(σ + σ_{k+1})` and
+    `ρ ← tail_decay·ρ + σ²_{k+1}`. Float32 would lose the orthogonality of the directions below 1e-3 of the largest.
+
+    Args:
+        sketch: the last one; all zero at the start.
+        gradient: `G`, (…, d, b), of the dtype to compute with: its rounding is the noise that is no direction.
+        beta2: β₂ in (0, 1]; 1 sums.
+        tail_decay: β₂, or √β₂ where the published code is to be compared with.
+    """
+    basis, s, _ = sketch
+    d, k = basis.shape[-2:]
+    columns = torch.cat([basis.double() * (beta2**0.5 * s)[..., None, :], gradient.double()], -1)
+    is_wide = columns.shape[-1] > d
+    gram = columns @ columns.mT if is_wide else columns.mT @ columns
+    values, vectors = top_eigenpairs(gram, k)
+    kept, cut, positive = deflate(values, k, max(columns.shape[-2:]), gradient.dtype)
+    if not is_wide:
+        vectors = columns @ (vectors / torch.where(positive, values[..., :k], 1).sqrt()[..., None, :])
+    return _keep_finite(sketch, vectors * positive[..., None, :], kept, sketch.tail * tail_decay + cut)
+
+
+def subspace_update(
+    sketch: Sketch, gradient: Tensor, beta2: float, tail_decay: float, seed: int
+) -> tuple[Sketch, Tensor]:
+    """The same to the accuracy of one block power step that starts from the last directions.
+
+    Costs three products of `G` with k + 8 columns. Directions not yet in use start from columns of the gradient.
+
+    Args:
+        seed: of the random columns besides; a step's number, so that a resumed run draws the same.
+
+    Returns:
+        the sketch, and `UᵀG` (…, k, b), which comes for free.
+    """
+    basis, s = sketch.basis.to(gradient.dtype), sketch.singular_values
+    k = basis.shape[-1]
+    squares = beta2 * s.square()
+    scale = squares[..., 0] + _square_norm(gradient)
+    scale = torch.where(scale > 0, scale, 1)[..., None, None]
+    start = _start(basis, s, gradient, scale, seed)
+    # XXᵀ·start in units of `scale`, so that tiny and huge gradients neither vanish nor overflow.
+    power = basis @ ((squares[..., None] / scale).to(basis.dtype) * (basis.mT @ start))
+    power = power + gradient @ ((gradient.mT @ start).double() / scale).to(gradient.dtype)
+    q = torch.linalg.qr(power).Q
+    gradient_q = gradient.mT @ q
+    weighted = squares.sqrt()[..., None] * (basis.mT @ q).double()
+    wide = gradient_q.double()
+    values, vectors = top_eigenpairs(weighted.mT @ weighted + wide.mT @ wide, k)
+    kept, cut, positive = deflate(values, k, max(gradient.shape[-2:]), gradient.dtype)
+    vectors = (vectors * positive[..., None, :]).to(gradient.dtype)
+    updated = _keep_finite(sketch, q @ vectors, kept, sketch.tail * tail_decay + cut)
+    return updated, (gradient_q @ vectors).mT
+
+
+def is_cheap_exactly(d: int, b: int, k: int) -> bool:
+    """Whether the exact update is about as cheap as the power step: full factors, vectors, LoRA's shapes."""
+    return k >= d or min(d, k + b) <= 2 * (k + OVERSAMPLING)
+
+
+def _start(basis: Tensor, s: Tensor, gradient: Tensor, scale: Tensor, seed: int) -> Tensor:
+    """Columns (…, d, min(d, k + 8)) that the power step multiplies."""
+    d, b = gradient.shape[-2:]
+    k = basis.shape[-1]
+    root = scale.rsqrt().to(gradient.dtype)
+    columns = torch.arange(k, device=gradient.device).add(seed).mul(max(1, b // k)).remainder(b)
+    start = torch.where((s > 0)[..., None, :], basis, gradient.index_select(-1, columns) * root)
+    extra = min(OVERSAMPLING, d - k)
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(b, extra, generator=generator, dtype=gradient.dtype).to(gradient.device)
+    return torch.cat([start, gradient @ (mix * root)], -1)
+
+
+def top_eigenpairs(gram: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k + 1 largest eigenvalues of (…, n, n), descending, and eigenvectors of the k largest.
+
+    On the CPU: the matrices are small, and batched `eigh` on CUDA is slower by an order (pytorch#174674). An update
+    therefore waits for the device; a step without one does not.
+    """
+    home = gram.device
+    finite = gram.isfinite().all(-1).all(-1)
+    gram = torch.where(finite[..., None, None], gram, 0).to("cpu")
+    values, vectors = torch.linalg.eigh(gram)
+    values = torch.where(finite[..., None], values.to(home), torch.nan)
+    return values.flip(-1)[..., : k + 1], vectors[..., -k:].flip(-1).to(home)
+
+
+def deflate(values: Tensor, k: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """`s` of the kept directions, `σ²_{k+1}`, and which of the kept are more than rounding.
+
+    Singular values of `size`-long rounded vectors reach √size·eps of the largest; the Gram matrix's own rounding
+    is that of float64. Counted as directions they would be amplified by `ε^{-1/p}`.
+    """
+    eps = max(torch.finfo(dtype).eps ** 2, torch.finfo(torch.float64).eps)
+    sigma = torch.where(values > size * eps * values[..., :1], values, 0).sqrt()
+    sigma = torch.where(values.isnan(), values, sigma)
+    cut = sigma[..., k] if sigma.shape[-1] > k else torch.zeros_like(sigma[..., 0])
+    kept = sigma[..., :k]
+    s = ((kept - cut[..., None]) * (kept + cut[..., None])).sqrt()
+    return s, cut.square(), kept > 0
+
+
+def _keep_finite(old: Sketch, basis: Tensor, s: Tensor, tail: Tensor) -> Sketch:
+    """The new sketch, the old one where the new is not finite."""
+    finite = basis.isfinite().all(-1).all(-1) & s.isfinite().all(-1) & tail.isfinite()
+    return Sketch(
+        torch.where(finite[..., None, None], basis.to(old.basis.dtype), old.basis),
+        torch.where(finite[..., None], s, old.singular_values),
+        torch.where(finite, tail, old.tail),
+    )
+
+
+def _square_norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(-2, -1)).double().square()
