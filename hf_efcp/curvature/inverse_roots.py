@@ -28,22 +28,24 @@ class Root(NamedTuple):
 
 def inverse_root(
     sketch: Sketch,
-    residual: Tensor,
+    projection: Tensor,
+    total: Tensor,
     *,
     order: int,
     epsilon: float,
     relative: bool,
     trace: Tensor | None = None,
 ) -> Root:
-    """`(C + ρI + εI)^{-1/p}`, its tail never below what the present gradient shows outside of the sketch.
+    """`(C + ρI + εI)^{-1/p}`, no eigenvalue below what the gradient `G` at hand shows in its direction.
 
-    With an exact update in the same step `ρ` is the larger, and nothing changes. A sketch that is old, or not yet
-    full, has not seen some directions: there `ρ = 0` would multiply them by `ε^{-1/p}`, thousands. They count as
-    their mean square in this gradient, and while `ρ = 0` at least as the mean kept direction.
+    With an exact update in the same step `C + ρI ⪰ GGᵀ`, and nothing changes. A sketch that is old, or not yet full,
+    has not seen some directions: there `ρ = 0` would multiply them by `ε^{-1/p}`, thousands. Kept directions count
+    as at least `‖uᵢᵀG‖²`, the others as their mean square in `G`, and while `ρ = 0` as at least the mean kept one.
 
     Args:
         sketch: of one axis.
-        residual: `‖G − UUᵀG‖²`, (…,) float64.
+        projection: `UᵀG`, (…, k, b).
+        total: `‖G‖²`, (…,) float64.
         order: p, twice the number of preconditioned axes.
         epsilon: ε, in units of the largest eigenvalue where `relative`.
         trace: `tr M`, (…,) float64; the tail is then the mean eigenvalue that the sketch does not hold, instead of
@@ -52,25 +54,21 @@ def inverse_root(
     basis, s, rho = sketch
     d, k = basis.shape[-2:]
     squares = s.square()
-    values = squares + rho[..., None]
     rank = (s > 0).sum(-1)
+    shown = torch.linalg.vector_norm(projection, dim=-1).double().square()
+    values = (squares + rho[..., None]).maximum(shown)
     tail = rho
     if trace is not None and d > k:
         tail = (trace - squares.sum(-1) - k * rho).clamp_min(0) / (d - k)
-    unseen = residual.clamp_min(0) / (d - rank).clamp_min(1)
+    unseen = (total - shown.sum(-1)).clamp_min(0) / (d - rank).clamp_min(1)
     mean = squares.sum(-1) / rank.clamp_min(1)
     tail = torch.where(rho > 0, tail, mean).maximum(unseen)
-    damping = epsilon * torch.maximum(values[..., 0], tail) if relative else torch.full_like(tail, epsilon)
+    damping = epsilon * values.amax(-1).maximum(tail) if relative else torch.full_like(tail, epsilon)
     power = -1 / order
     shifted = tail + damping
     outside = torch.where(shifted > 0, shifted, 1) ** power
     inside = torch.where(values > 0, values + damping[..., None], 1) ** power
     return Root(basis, inside, outside)
-
-
-def residual_square(total: Tensor, projection: Tensor) -> Tensor:
-    """`‖G − UUᵀG‖²` from `‖G‖²` (…,) float64 and `UᵀG` (…, k, b)."""
-    return total - torch.linalg.vector_norm(projection, dim=(-2, -1)).double().square()
 
 
 def precondition(gradient: Tensor, roots: Sequence[tuple[int, Root]], projections: Sequence[Tensor]) -> Tensor:

@@ -5,18 +5,31 @@ from __future__ import annotations
 from hf_efcp.optim.ggt import GGT
 from hf_efcp.optim.mfac import MFAC
 from hf_efcp.optim.registry import OptimizerSpec, create_optimizer, get_spec, list_optimizers, register
+from hf_efcp.optim.sketchy_adagrad import SketchyAdaGrad
+from hf_efcp.optim.sketchy_shampoo import SketchyShampoo
 
 __all__ = ["create_optimizer", "get_spec", "list_optimizers"]
 
 _EFCP = "EFCP: Error Feedback Can Accurately Compress Preconditioners (arXiv 2306.06098)"
 _MFAC = "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information (arXiv 2107.03356)"
 _GGT = "Efficient Full-Matrix Adaptive Regularization (arXiv 1806.02958)"
+_SKETCHY = "Sketchy: Memory-efficient Adaptive Regularization with Frequent Directions (arXiv 2302.03764)"
 
 _PUBLISHED = {"precondition": "compressed", "scaling": "none", "momentum": 0.0}
 # EFCP's GLUE and CIFAR-10 commands: window 1024, no momentum; damping as for BERT.
 _PUBLISHED_MFAC = {**_PUBLISHED, "window": 1024, "damping": 5e-5, "damping_mode": "absolute"}
 # EFCP's logistic regression: 100 rows, ε 1e-5, no averaging, no decay.
 _PUBLISHED_GGT = {**_PUBLISHED, "window": 100, "eps": 1e-5, "eps_mode": "absolute", "jitter": 1e-6}
+
+# Sketchy's deep learning runs: 256 directions in blocks of 1024, sketched every 10 steps, RMSProp's length of a step.
+_PUBLISHED_SHAMPOO = {
+    "rank": 256,
+    "block_size": 1024,
+    "update_freq": 10,
+    "beta2_per_step": False,
+    "sketch_update": "exact",
+    "grafting": "rmsprop",
+}
 
 _TOPK = ("density", "selection", "block_size")
 _COMPRESSED = (*_TOPK, "rank", "residual_dtype")
@@ -98,5 +111,23 @@ register(
         without=_COMPRESSED,
         renames={"num_grads": "window", "damp": "damping"},
         takes_lr=True,
+    )
+)
+register(
+    OptimizerSpec(
+        name="sketchy_shampoo",
+        cls=SketchyShampoo,
+        summary="S-Shampoo: Shampoo with a frequent-directions sketch of each axis",
+        paper=_SKETCHY,
+        presets={"paper": _PUBLISHED_SHAMPOO},
+    )
+)
+register(
+    OptimizerSpec(
+        name="sketchy_adagrad",
+        cls=SketchyAdaGrad,
+        summary="S-AdaGrad: full-matrix AdaGrad with a frequent-directions sketch of the gradient",
+        paper=_SKETCHY,
+        presets={"paper": {"delta": 0.0, "system": "model"}},
     )
 )

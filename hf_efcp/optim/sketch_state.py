@@ -1,0 +1,133 @@
+"""The sketches of parameters of one shape: where they stand in `state[p]`, their update and use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_efcp.curvature.inverse_roots import inverse_root, precondition, unfold
+from hf_efcp.curvature.sketch import Sketch, exact_update, is_cheap_exactly, subspace_update
+from hf_efcp.optim.partition import Block
+
+SKETCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def compute_dtype(options: Mapping[str, Any]) -> torch.dtype:
+    """float32, float64 where the sketches are."""
+    return torch.float64 if options["sketch_dtype"] == "float64" else torch.float32
+
+
+def new_sketches(blocks: Sequence[Block], options: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """Empty sketches of all blocks of a parameter: `basis_<block>_<axis>`, `singular_values_…`, `tail_…`."""
+    state = {}
+    scalar = {"dtype": torch.float64, "device": device}
+    for number, block in enumerate(blocks):
+        if options["tail"] == "trace":
+            state[f"trace_{number}"] = torch.zeros((), **scalar)
+        for axis in block.axes:
+            d = block.shape[axis]
+            k = min(options["rank"], d)
+            dtype = SKETCH_DTYPES[options["sketch_dtype"]]
+            state[f"basis_{number}_{axis}"] = torch.zeros(d, k, dtype=dtype, device=device)
+            state[f"singular_values_{number}_{axis}"] = torch.zeros(k, **scalar)
+            state[f"tail_{number}_{axis}"] = torch.zeros((), **scalar)
+    return state
+
+
+class BlockSketches:
+    """The sketches of one block of some parameters of equal shape.
+
+    Args:
+        states: the parameters' states; their tensors are written in place.
+        number: of the block.
+        block: its place, shape and axes.
+        options: the optimizer's.
+        accept: () bool; where false nothing is written.
+    """
+
+    def __init__(
+        self,
+        states: Sequence[dict[str, Tensor]],
+        number: int,
+        block: Block,
+        options: Mapping[str, Any],
+        accept: Tensor,
+    ):
+        self.states, self.number, self.block = states, number, block
+        self.options, self.accept = options, accept
+
+    def precondition(self, gradient: Tensor, *, updates: bool, seed: int) -> Tensor:
+        """The preconditioned gradient; the gradient enters the sketches before, if `updates`.
+
+        Args:
+            gradient: (n, *block.shape), not written to.
+            seed: of the random columns of a power step; 0 at a parameter's first gradient.
+        """
+        if not self.block.axes:
+            return gradient.clone()
+        total = torch.linalg.vector_norm(gradient.flatten(1), dim=1).double().square()
+        trace = self._trace(total, updates)
+        roots, projections = [], []
+        for axis in self.block.axes:
+            matrix = unfold(gradient, axis)
+            sketch, projection = self._read(axis), None
+            if updates:
+                sketch, projection = self._updated(sketch, matrix, seed)
+                self._write(axis, sketch)
+            basis = sketch.basis.to(gradient.dtype)
+            if projection is None or sketch.basis.dtype is not gradient.dtype:
+                projection = basis.mT @ matrix
+            root = inverse_root(
+                sketch._replace(basis=basis),
+                projection,
+                total,
+                order=2 * len(self.block.axes),
+                epsilon=self.options["epsilon"],
+                relative=self.options["relative_epsilon"],
+                trace=trace,
+            )
+            roots.append((axis, root))
+            projections.append(projection)
+        return precondition(gradient, roots, projections)
+
+    def _updated(self, sketch: Sketch, matrix: Tensor, seed: int) -> tuple[Sketch, Tensor | None]:
+        beta2 = self._decay
+        tail_decay = beta2**0.5 if self.options["tail_decay"] == "sqrt" else beta2
+        is_exact = self.options["sketch_update"] == "exact" or seed == 0
+        if is_exact or is_cheap_exactly(*matrix.shape[-2:], sketch.basis.shape[-1]):
+            return exact_update(sketch, matrix, beta2, tail_decay), None
+        return subspace_update(sketch, matrix, beta2, tail_decay, seed)
+
+    @property
+    def _decay(self) -> float:
+        """β₂ of an update."""
+        return self.options["beta2"] ** (self.options["update_freq"] if self.options["beta2_per_step"] else 1)
+
+    def _trace(self, total: Tensor, updates: bool) -> Tensor | None:
+        if self.options["tail"] != "trace":
+            return None
+        trace = torch.stack([state[f"trace_{self.number}"] for state in self.states])
+        if updates:
+            trace = self._decay * trace + total
+            self._copy(f"trace_{self.number}", trace)
+        return trace
+
+    def _read(self, axis: int) -> Sketch:
+        names = (f"{name}_{self.number}_{axis}" for name in ("basis", "singular_values", "tail"))
+        return Sketch(*(_stack([state[name] for state in self.states]) for name in names))
+
+    def _write(self, axis: int, sketch: Sketch) -> None:
+        for name, value in sketch._asdict().items():
+            self._copy(f"{name}_{self.number}_{axis}", value)
+
+    def _copy(self, name: str, values: Tensor) -> None:
+        for state, value in zip(self.states, values, strict=True):
+            # An accepted step on the CPU has no need of the mask.
+            state[name].copy_(value if value.device.type == "cpu" else torch.where(self.accept, value, state[name]))
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
