@@ -142,6 +142,8 @@ def command_line(argv: Sequence[str] | None = None, environ: Mapping[str, str] =
     words = _without_secrets(arguments)
     is_console_script = bool(words) and Path(words[0]).parent == Path(interpreter).parent
     words = [_portable(word) for word in words]
+    if is_console_script:
+        words[0] = Path(words[0]).name
     if "TORCHELASTIC_RUN_ID" in environ:
         words = ["torchrun", "--nproc_per_node", environ["LOCAL_WORLD_SIZE"], *(w for w in words if w != "-u")]
     elif not is_console_script:

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,7 +222,8 @@ def test_command_is_the_one_typed():
     assert command_line(argv, {}) == expected
 
 
-def test_command_of_the_console_script_and_of_torchrun():
+def test_command_of_the_console_script_and_of_torchrun(monkeypatch):
+    monkeypatch.chdir(Path(sys.executable).parents[1])  # an environment within the working directory
     console = os.path.join(os.path.dirname(sys.executable), "hf-efcp")
     assert command_line([sys.executable, console, "run", "glue.py"], {}) == "hf-efcp run glue.py"
     elastic = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}
