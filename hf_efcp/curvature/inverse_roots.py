@@ -108,7 +108,7 @@ def _both_sides(gradient: Tensor, left: Root, right: Root, left_projection: Tens
     inner = torch.cat([a * (left_projection + cross @ scaled_v), scaled_v], -2)
     outer = torch.cat([u, right_projection.mT], -1)
     scale = _of(left.outside * right.outside, gradient)[..., None, None]
-    return torch.baddbmm(gradient, outer, inner).mul_(scale)
+    return (outer @ (scale * inner)).addcmul_(gradient, scale)
 
 
 def _of(values: Tensor, like: Tensor) -> Tensor:

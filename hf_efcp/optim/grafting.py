@@ -27,9 +27,10 @@ def graft_state(kind: str, parameter: Tensor) -> dict[str, Tensor]:
 
 def update_moments_(state: dict[str, Tensor], gradient: Tensor, beta2: float, accept: Tensor) -> None:
     """Take the gradient into what `graft_state` made; nothing where `accept`, () bool, is false. β₂ = 1 sums."""
-    square = gradient.square()
-    for name, mean in (("mean_square", None), ("row_square", -1), ("column_square", -2)):
-        if name in state:
+    moments = [pair for pair in (("mean_square", None), ("row_square", -1), ("column_square", -2)) if pair[0] in state]
+    if moments:
+        square = gradient.square()
+        for name, mean in moments:
             new = square if mean is None else square.mean(mean)
             moment = state[name]
             updated = moment + new if beta2 == 1 else moment.lerp(new.to(moment.dtype), 1 - beta2)
