@@ -53,7 +53,7 @@ class LowRankWindow:
         return self._systems([ring.dots(piece) for ring, piece in zip(self._rings, self._pieces(x), strict=True)])
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
-        weights = coefficients.float().expand(len(self._rings), -1)
+        weights = coefficients.expand(len(self._rings), -1)
         for ring, weight, piece in zip(self._rings, weights, self._pieces(out), strict=True):
             ring.combine(weight, piece)
 
@@ -96,7 +96,7 @@ class _ExactRing:
         return self.values.double() @ x.double()
 
     def combine(self, weights: Tensor, out: Tensor) -> None:
-        torch.mv(self.values.T.float(), weights, out=out)
+        out.copy_(self.values.T.to(weights.dtype) @ weights)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"values": self.values}
@@ -154,8 +154,8 @@ class _FactoredRing:
 
     def combine(self, weights: Tensor, out: Tensor) -> None:
         rows, window, rank = self.left.shape
-        scaled = (self.left.float() * weights[:, None]).view(rows, window * rank)
-        torch.mm(scaled, self.right.float().view(-1, window * rank).T, out=out.view(rows, -1))
+        scaled = (self.left.to(weights.dtype) * weights[:, None]).view(rows, window * rank)
+        out.view(rows, -1).copy_(scaled @ self.right.to(weights.dtype).view(-1, window * rank).T)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"left": self.left, "right": self.right, "residual": self.residual}

@@ -11,6 +11,16 @@ def mean_eigenvalue(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).mean(-1) / gram.shape[-1]
 
 
+def cancellation(gram: Tensor, coefficients: Tensor) -> Tensor:
+    """How much longer the terms of `Gᵀc` are together than their sum, `Σ|c_i|·|g_i| / |Gᵀc|`, (…).
+
+    A sum in float32 has this many times its rounding error. Nearly parallel rows and little damping make it large.
+    """
+    terms = (coefficients.abs() * gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()).sum(-1)
+    squared = (coefficients * (gram @ coefficients[..., None]).squeeze(-1)).sum(-1)
+    return terms / squared.clamp_min(0).sqrt()
+
+
 def woodbury_solve(gram: Tensor, rhs: Tensor, damping: Tensor | float) -> Tensor:
     """`(mλI + GGᵀ)⁻¹ rhs`, the inner system of `(λI + GᵀG/m)⁻¹`.
 

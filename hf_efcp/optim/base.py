@@ -149,6 +149,18 @@ class EfcpOptimizer(Optimizer):
         }
 
 
+def flat_parameters(params: Iterable[Any]) -> list[Tensor]:
+    """The tensors in parameters, named parameters or groups of either, as `torch.optim` takes them."""
+    found: list[Tensor] = []
+    for item in params:
+        if isinstance(item, dict):
+            inner = item["params"]
+            found += [inner] if isinstance(inner, Tensor) else flat_parameters(inner)
+        else:
+            found.append(item[1] if isinstance(item, tuple) else item)
+    return found
+
+
 def _on_device(value: Any, device: torch.device) -> Any:
     return value.detach().to(device) if isinstance(value, Tensor) else value
 

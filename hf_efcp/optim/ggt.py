@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_efcp.curvature.solvers import mean_eigenvalue, spectral_solve, spectral_weights
-from hf_efcp.optim.options import Option, check_options
+from hf_efcp.optim.options import Option
 from hf_efcp.optim.segment import Segment
 from hf_efcp.optim.window import WindowOptimizer
-from hf_efcp.optim.window_options import WINDOW_OPTIONS, check_combinations
+from hf_efcp.optim.window_options import WINDOW_OPTIONS
 
 _GGT = "GGT, arXiv 1806.02958"
 
@@ -35,7 +35,8 @@ class GGT(WindowOptimizer):
         beta1: averaging of `x`, 0 for none; without bias correction, as published.
         beta2: decay of older rows, 1 for none.
         compression, density, selection, block_size, rank, system, precondition, scaling, update_rms, momentum,
-        adam_beta2, weight_decay, value_dtype, residual_dtype, moment_dtype, state_device: see `MFAC`.
+        adam_beta2, weight_decay, value_dtype, residual_dtype, moment_dtype, memory_budget,
+        state_device: see `MFAC`.
 
     Raises:
         ValueError, TypeError: an option is out of range or of the wrong kind, by name.
@@ -85,11 +86,10 @@ class GGT(WindowOptimizer):
         value_dtype: str | torch.dtype = "float32",
         residual_dtype: str | torch.dtype = "float32",
         moment_dtype: str | torch.dtype = "float32",
+        memory_budget: str | int | None = None,
         state_device: str | None = None,
     ):
-        given = dict(locals())
-        options = check_options(self.options, given)
-        check_combinations(options)
+        options = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, options)
 
     def _moments(self) -> list[str]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_efcp.curvature.solvers import SlidingInverse, mean_eigenvalue, woodbury_solve
-from hf_efcp.optim.options import Option, check_options
+from hf_efcp.optim.options import Option
 from hf_efcp.optim.window import WindowOptimizer
-from hf_efcp.optim.window_options import WINDOW_OPTIONS, check_combinations
+from hf_efcp.optim.window_options import WINDOW_OPTIONS
 
 _EFCP = "EFCP, arXiv 2306.06098"
 _MFAC = "M-FAC, arXiv 2107.03356"
@@ -48,6 +48,7 @@ class MFAC(WindowOptimizer):
         weight_decay: decoupled, as AdamW's.
         adam_beta2: decay of Adam's second moment.
         value_dtype, residual_dtype, moment_dtype: storage of rows, residual and moments.
+        memory_budget: bytes (`"8GB"`) or `"adamw"`; picks window, density, block size and dtypes that fit.
         state_device: device that keeps all of these, such as `"cpu"`; gradient and update cross to it and back.
 
     Raises:
@@ -93,11 +94,10 @@ class MFAC(WindowOptimizer):
         value_dtype: str | torch.dtype = "float32",
         residual_dtype: str | torch.dtype = "float32",
         moment_dtype: str | torch.dtype = "float32",
+        memory_budget: str | int | None = None,
         state_device: str | None = None,
     ):
-        given = dict(locals())
-        options = check_options(self.options, given)
-        check_combinations(options)
+        options = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, options)
 
     @property

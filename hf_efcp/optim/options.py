@@ -61,7 +61,7 @@ class Option:
             if self.optional:
                 return None
             raise TypeError(f"`{self.name}` must be {self.allowed}, got None.")
-        if isinstance(value, torch.dtype) and self.kind is str:
+        if self.kind is str and isinstance(value, (torch.dtype, torch.device)):
             value = str(value).removeprefix("torch.")
         value = self._of_kind(value)
         if self.choices and value not in self.choices:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_efcp.curvature.solvers import cancellation
 from hf_efcp.optim.apply import apply_
-from hf_efcp.optim.base import EfcpOptimizer
+from hf_efcp.optim.base import EfcpOptimizer, flat_parameters
+from hf_efcp.optim.budget import fit_budget
 from hf_efcp.optim.diagnostics import Recorded, basic_figures, shape_figures
+from hf_efcp.optim.options import check_options
 from hf_efcp.optim.scaling import adam_, heavy_ball_, layer_rms_, rms_
 from hf_efcp.optim.segment import Segment, Segments
+from hf_efcp.optim.window_options import check_combinations
 
 
 class WindowOptimizer(EfcpOptimizer):
@@ -27,6 +31,14 @@ class WindowOptimizer(EfcpOptimizer):
 
     _segments: Segments | None = None
     _recorded: Recorded | None = None
+
+    def __init__(self, params: Iterable[Any], options: dict[str, Any]):
+        options = check_options(self.options, options)
+        if options["memory_budget"] is not None:
+            params = list(params)
+            options = fit_budget(type(self), flat_parameters(params), options)
+        check_combinations(options)
+        super().__init__(params, options)
 
     def _solve(
         self, shared: dict[str, Tensor], gram: Tensor, row: Tensor, dots: Tensor | None
@@ -211,6 +223,9 @@ class WindowOptimizer(EfcpOptimizer):
         if targets is not None:
             dots = segments.gather([s.window.dots(x) for s, x in zip(segments, targets, strict=True)], device)
         coefficients, weight = self._solve(shared, gram, row, dots)
+        # Beyond 50, a sum in float32 would lose 1e-5 of the update; elsewhere than on the CPU the host cannot look.
+        if not (self._reads_flags(device) and (cancellation(gram, coefficients) > 50).any()):
+            coefficients = coefficients.float()
         for segment, update, part in zip(segments, scratch, segments.scatter(coefficients), strict=True):
             segment.window.combine(part, update)
         if targets is not None:

@@ -79,6 +79,13 @@ WINDOW_OPTIONS = (
         source=_HERE,
     ),
     Option(
+        "memory_budget",
+        str,
+        "bytes (8GB, 500MiB) or adamw: picks window, density, block size and dtypes that fit, and logs them",
+        optional=True,
+        source=_HERE,
+    ),
+    Option(
         "state_device",
         str,
         "device that keeps window, residual and moments, such as cpu; none for the parameters' own",

@@ -241,3 +241,14 @@ def test_weights_follow_decoupled_decay():
     ours = torch.cat([p.detach().flatten() for p in params]).double()
     reference = oracles.descend(torch.cat([w.flatten() for w in start]), oracle_of(gradients, damping=1e-3), 1e-3, 0.5)
     torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-4])
+def test_nearly_parallel_rows_keep_the_update_exact(noise):
+    """At λ = 1e-7 the terms of `Gᵀc` are a thousand times their sum; it is then taken in float64."""
+    generator = torch.Generator().manual_seed(0)
+    direction = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    gradients = [[d + noise * torch.randn(d.shape, generator=generator) for d in direction] for _ in range(60)]
+    ours = updates_of(gradients, damping=1e-7)
+    for update, reference in zip(ours, oracle_of(gradients, damping=1e-7), strict=True):
+        assert relative_error(update, reference) <= 1e-5
