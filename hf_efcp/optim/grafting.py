@@ -25,8 +25,8 @@ def graft_state(kind: str, parameter: Tensor) -> dict[str, Tensor]:
     return {}
 
 
-def update_moments_(state: dict[str, Tensor], gradient: Tensor, beta2: float, accept: Tensor) -> None:
-    """Take the gradient into what `graft_state` made; nothing where `accept`, () bool, is false. β₂ = 1 sums."""
+def update_moments_(state: dict[str, Tensor], gradient: Tensor, beta2: float, accept: Tensor | None) -> None:
+    """Take the gradient into what `graft_state` made; nothing where `accept`, () bool, is given and false."""
     moments = [pair for pair in (("mean_square", None), ("row_square", -1), ("column_square", -2)) if pair[0] in state]
     if moments:
         square = gradient.square()
@@ -34,8 +34,7 @@ def update_moments_(state: dict[str, Tensor], gradient: Tensor, beta2: float, ac
             new = square if mean is None else square.mean(mean)
             moment = state[name]
             updated = moment + new if beta2 == 1 else moment.lerp(new.to(moment.dtype), 1 - beta2)
-            # where() keeps out the NaN of a step that is not accepted; the host may not ask a device for it.
-            moment.copy_(updated if moment.device.type == "cpu" else torch.where(accept, updated, moment))
+            moment.copy_(updated if accept is None else torch.where(accept, updated, moment))
 
 
 def graft_step(kind: str, state: dict[str, Tensor], gradient: Tensor, beta2: float, count: int) -> Tensor:

@@ -45,7 +45,7 @@ class BlockSketches:
         number: of the block.
         block: its place, shape and axes.
         options: the optimizer's.
-        accept: () bool; where false nothing is written.
+        accept: () bool; where false nothing is written. `None`: the step is accepted.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class BlockSketches:
         number: int,
         block: Block,
         options: Mapping[str, Any],
-        accept: Tensor,
+        accept: Tensor | None,
     ):
         self.states, self.number, self.block = states, number, block
         self.options, self.accept = options, accept
@@ -125,8 +125,7 @@ class BlockSketches:
 
     def _copy(self, name: str, values: Tensor) -> None:
         for state, value in zip(self.states, values, strict=True):
-            # An accepted step on the CPU has no need of the mask.
-            state[name].copy_(value if value.device.type == "cpu" else torch.where(self.accept, value, state[name]))
+            state[name].copy_(value if self.accept is None else torch.where(self.accept, value, state[name]))
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -158,7 +158,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         parts = []
         for number, block in enumerate(blocks):
             part = gradients[(slice(None), *block.slices)]
-            sketches = BlockSketches(states, number, block, options, accept)
+            sketches = BlockSketches(states, number, block, options, self._mask(accept))
             parts.append(sketches.precondition(part, updates=count % options["update_freq"] == 0, seed=count))
         if len(parts) == 1:
             return parts[0]
@@ -172,7 +172,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         options, state = self.defaults, self.state[p]
         count, kind, beta2 = int(state["step"]), options["grafting"], options["beta2"]
         gradient, update = gradient.view(p.shape), direction.reshape(p.shape)
-        update_moments_(state, gradient, beta2, accept)
+        update_moments_(state, gradient, beta2, self._mask(accept))
         is_warming = count < options["start_preconditioning_step"]
         if kind == "none" and not is_warming:
             return update
@@ -194,6 +194,10 @@ class SketchyShampoo(ParameterwiseOptimizer):
             update = update.add(moved, alpha=factor) if self.defaults["nesterov"] else moved
             buffer.copy_(self._unless(finite, moved, buffer))
         p.add_(self._unless(finite, update, update.new_zeros(())), alpha=-lr)
+
+    def _mask(self, accept: Tensor) -> Tensor | None:
+        """`accept`, where the host has not seen already that it is true."""
+        return None if self._reads(accept) else accept
 
     def _unless(self, accept: Tensor, new: Tensor, old: Tensor) -> Tensor:
         return new if self._reads(accept) else torch.where(accept, new, old)
