@@ -66,9 +66,13 @@ class Run:
         return cls(task, optimizer, json.dumps(options, sort_keys=True), seed, steps, min(stop, steps))
 
     @property
+    def without_options(self) -> Run:
+        return Run.of(self.task, self.optimizer, {}, self.seed, self.steps, self.stop)
+
+    @property
     def label(self) -> str:
         """The optimizer, with the options that are not its defaults."""
-        usual = json.loads(Run.of("", self.optimizer, {}, 0, 0, 0).settings)
+        usual = json.loads(self.without_options.settings)
         changed = {k: v for k, v in json.loads(self.settings).items() if usual.get(k) != v}
         return " ".join([self.optimizer, *(f"{name}={value}" for name, value in changed.items())])
 
@@ -170,9 +174,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def find(run: Run, records: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The record of `run`, or of a longer one with the same schedule."""
-    key = {name: value for name, value in asdict(run).items() if name != "stop"}
-    same = [r for r in records if r["stop"] >= run.stop and all(r[name] == value for name, value in key.items())]
-    return max(same, key=lambda r: r["stop"], default=None)
+    key = {name: getattr(run, name) for name in ("task", "optimizer", "seed", "steps")}
+    settings, usual = json.loads(run.settings), json.loads(run.without_options.settings)
+    same = [
+        record
+        for record in records
+        if record["stop"] >= run.stop
+        and all(record[name] == value for name, value in key.items())
+        # An option that came after the record: it ran as its default does now.
+        and {**usual, **json.loads(record["settings"])} == settings
+    ]
+    return max(same, key=lambda record: record["stop"], default=None)
 
 
 def mean_and_std(values: list[float], digits: int, factor: float = 1.0) -> str:

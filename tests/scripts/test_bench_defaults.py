@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 import bench_defaults
 import pytest
@@ -65,6 +66,15 @@ def test_an_option_at_its_default_is_no_variant():
     other = Run.of("digits", "efcp_mfac", {"window": str(window + 1)}, 0, 4, 4)
     assert other != usual
     assert (usual.label, other.label) == ("efcp_mfac", f"efcp_mfac window={window + 1}")
+
+
+def test_a_record_without_a_newer_option_still_serves():
+    run = Run.of("digits", "efcp_mfac", {}, 0, 4, 4)
+    settings = json.loads(run.settings)
+    del settings["window"]
+    record = {**asdict(run), "settings": json.dumps(settings)}
+    assert find(run, [record]) == record
+    assert find(Run.of("digits", "efcp_mfac", {"window": "7"}, 0, 4, 4), [record]) is None
 
 
 def test_questions_of_a_folder(tmp_path):
