@@ -1,0 +1,80 @@
+"""What a structure of square matrices must do to serve as a Kronecker factor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_CHUNK = 64  # rows of a matrix at a time, where a structure has no product of its own: never all d×d
+
+
+class Structure:
+    """A family of d×d matrices M, closed under sums and products, each stored as one vector of `numel` entries.
+
+    A new structure is two methods, `apply` and `extract`, besides `numel`, `identity` and `weight`; the rest follows.
+    `gram` and `product` may be overridden where a formula beats passing M's rows through them.
+
+    The projection Π of a symmetric S keeps S's entries inside the structure and doubles those whose mirror image lies
+    outside: I + εΠ(S) then has to first order the metric that the symmetric I + εS has (SINGD, arXiv 2312.05705).
+    """
+
+    numel: int
+
+    def __init__(self, dim: int):
+        self.dim = dim
+
+    def identity(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(numel,) the stored entries of I."""
+        raise NotImplementedError
+
+    def weight(self, like: Tensor) -> Tensor | float:
+        """What Π multiplies each entry by: 2 where its mirror image is not stored, else 1."""
+        return 1.0
+
+    def apply(self, values: Tensor, rows: Tensor, transpose: bool = False) -> Tensor:
+        """`rows @ M`, or `rows @ Mᵀ`; rows are (n, d)."""
+        raise NotImplementedError
+
+    def extract(self, left: Tensor, right: Tensor) -> Tensor:
+        """(numel,) the entries inside the structure of `leftᵀ @ right`, both (n, d)."""
+        raise NotImplementedError
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Π(XᵀX) for X of shape (n, d)."""
+        return self.extract(rows, rows) * self.weight(rows)
+
+    def gram(self, values: Tensor) -> Tensor:
+        """Π(MᵀM)."""
+        return sum(self.project(self.apply(values, unit)) for unit in self._units(values))
+
+    def product(self, values: Tensor, other: Tensor) -> Tensor:
+        """The entries of M @ other."""
+        return sum(
+            self.extract(self.apply(values, unit, transpose=True), self.apply(other, unit))
+            for unit in self._units(values)
+        )
+
+    def moment(self, values: Tensor, rows: Tensor) -> Tensor:
+        """What to sum over batches of rows a: here Π(Mᵀ(Σ aaᵀ)M) itself."""
+        return self.project(self.apply(values, rows))
+
+    def finish(self, values: Tensor, moment: Tensor) -> Tensor:
+        """Π(MᵀUM) from the sum of `moment`s, which may be scaled."""
+        return moment
+
+    def mean_trace(self, values: Tensor) -> Tensor:
+        """() tr(M)/d."""
+        one = self.identity(values.dtype, values.device)
+        return (values * one).sum() / one.sum()
+
+    def to_dense(self, values: Tensor) -> Tensor:
+        """(d, d) M; for tests and small matrices."""
+        return self.apply(values, torch.eye(self.dim, dtype=values.dtype, device=values.device))
+
+    def _units(self, like: Tensor) -> Iterator[Tensor]:
+        for start in range(0, self.dim, _CHUNK):
+            unit = torch.zeros(min(_CHUNK, self.dim - start), self.dim, dtype=like.dtype, device=like.device)
+            unit.diagonal(start).fill_(1)
+            yield unit

@@ -1,0 +1,61 @@
+"""Triangular Toeplitz matrices, whose products are convolutions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_efcp.curvature.structures.base import Structure
+
+
+class TriangularToeplitz(Structure):
+    """One coefficient a diagonal: `M[i, j] = c[i − j]` for i ≥ j (lower), or `M[i, j] = c[j − i]` for j ≥ i (upper).
+
+    Every operation is a few FFTs of length 2d; no d×d matrix is ever formed. Products of two such matrices are
+    computed in float64: a rounding error there would stay in the factor.
+    """
+
+    def __init__(self, dim: int, lower: bool):
+        super().__init__(dim)
+        self.numel, self.lower = dim, lower
+        self._length = 1 << (2 * dim - 1).bit_length()  # no wrap-around; powers of two are the fast lengths
+
+    def identity(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        values = torch.zeros(self.dim, dtype=dtype, device=device)
+        values[:1] = 1
+        return values
+
+    def weight(self, like: Tensor) -> Tensor:
+        weight = torch.full((self.dim,), 2.0, dtype=like.dtype, device=like.device)
+        weight[:1] = 1
+        return weight
+
+    def apply(self, values: Tensor, rows: Tensor, transpose: bool = False) -> Tensor:
+        spectrum = self._fft(values)
+        if self.lower != transpose:  # x @ lower correlates, x @ upper convolves
+            spectrum = spectrum.conj()
+        return self._ifft(self._fft(rows) * spectrum)
+
+    def extract(self, left: Tensor, right: Tensor) -> Tensor:
+        """Means of the diagonals of `leftᵀ right`: all rows share one inverse transform."""
+        below, above = (left, right) if self.lower else (right, left)
+        return self._mean(self._ifft((self._fft(below) * self._fft(above).conj()).sum(0)))
+
+    def gram(self, values: Tensor) -> Tensor:
+        """`Σᵢ (MᵀM)[i, i + j] = Σₛ c[s + j]·(d − s − j)·c[s]`, whether M is lower or upper."""
+        c = values.double()
+        left = torch.arange(self.dim, 0, -1, dtype=c.dtype, device=c.device)
+        sums = self._ifft(self._fft(c * left) * self._fft(c).conj())
+        return (self._mean(sums) * self.weight(c)).to(values.dtype)
+
+    def product(self, values: Tensor, other: Tensor) -> Tensor:
+        return self._ifft(self._fft(values.double()) * self._fft(other.double())).to(values.dtype)
+
+    def _mean(self, sums: Tensor) -> Tensor:
+        return sums / torch.arange(self.dim, 0, -1, dtype=sums.dtype, device=sums.device)
+
+    def _fft(self, rows: Tensor) -> Tensor:
+        return torch.fft.rfft(rows, n=self._length)
+
+    def _ifft(self, spectra: Tensor) -> Tensor:
+        return torch.fft.irfft(spectra, n=self._length)[..., : self.dim]

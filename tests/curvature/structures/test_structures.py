@@ -1,0 +1,139 @@
+"""Every structure against dense matrices, none of them symmetric, in float64."""
+
+import pytest
+import torch
+
+from hf_efcp.curvature.structures import make_structure
+
+NAMES = [
+    "dense",
+    "diagonal",
+    "block1diagonal",
+    "block4diagonal",
+    "block30diagonal",
+    "hierarchical2_3",
+    "hierarchical4_1",
+    "hierarchical15_15",
+    "triltoeplitz",
+    "triutoeplitz",
+]
+DIMS = [1, 2, 5, 8, 13, 70]
+each = [pytest.mark.parametrize("name", NAMES), pytest.mark.parametrize("dim", DIMS)]
+
+
+def cases(test):
+    for mark in each:
+        test = mark(test)
+    return test
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(name, dim, seed=0):
+    structure = make_structure(name, dim)
+    return structure, random(structure.numel, seed=seed)
+
+
+def mask(structure):
+    """(numel, d, d): where each stored entry lies in the matrix."""
+    return torch.stack([structure.to_dense(row) for row in torch.eye(structure.numel, dtype=torch.float64)]).round()
+
+
+def projection(structure, symmetric):
+    """Π from the definition: mean of an entry's places, doubled where the mirror image is stored nowhere."""
+    places = mask(structure)
+    stored = places.sum(0)
+    values = []
+    for place in places:
+        mean = (place * symmetric).sum() / place.sum()
+        values.append(mean * (1 if (stored * place.T).abs().sum() > 1e-9 else 2))
+    return torch.stack(values)
+
+
+@cases
+def test_rows_are_multiplied_by_the_matrix_and_its_transpose(name, dim):
+    structure, values = sample(name, dim)
+    matrix, rows = structure.to_dense(values), random(3, dim, seed=1)
+    torch.testing.assert_close(structure.apply(values, rows), rows @ matrix)
+    torch.testing.assert_close(structure.apply(values, rows, transpose=True), rows @ matrix.T)
+
+
+@cases
+def test_stored_entries_are_those_extracted(name, dim):
+    structure, values = sample(name, dim)
+    matrix = structure.to_dense(values)
+    torch.testing.assert_close(structure.extract(torch.eye(dim, dtype=torch.float64), matrix), values)
+
+
+@cases
+def test_products_stay_inside(name, dim):
+    structure, values = sample(name, dim)
+    other = random(structure.numel, seed=2)
+    expected = structure.to_dense(values) @ structure.to_dense(other)
+    torch.testing.assert_close(structure.to_dense(structure.product(values, other)), expected)
+    torch.testing.assert_close(
+        super(type(structure), structure).product(values, other), structure.product(values, other)
+    )
+
+
+@cases
+def test_projection_of_second_moments_and_grams(name, dim):
+    structure, values = sample(name, dim)
+    matrix, rows = structure.to_dense(values), random(4, dim, seed=3)
+    torch.testing.assert_close(structure.project(rows), projection(structure, rows.T @ rows))
+    torch.testing.assert_close(structure.gram(values), projection(structure, matrix.T @ matrix))
+    moved = structure.finish(values, structure.moment(values, rows))
+    torch.testing.assert_close(moved, projection(structure, matrix.T @ rows.T @ rows @ matrix))
+
+
+@cases
+def test_identity_and_trace(name, dim):
+    structure, values = sample(name, dim)
+    eye = torch.eye(dim, dtype=torch.float64)
+    torch.testing.assert_close(structure.to_dense(structure.identity(torch.float64, eye.device)), eye)
+    torch.testing.assert_close(structure.mean_trace(values), structure.to_dense(values).trace() / dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "numel"),
+    [("dense", 70**2), ("diagonal", 70), ("block30diagonal", 1900), ("hierarchical15_15", 31 * 70 - 255)],
+)
+def test_entries_stored(name, numel):
+    assert make_structure(name, 70).numel == numel
+
+
+def test_projected_step_keeps_the_metric_to_first_order():
+    """`(I + εΠ(S))(I + εΠ(S))ᵀ` and `(I + εS)²` agree to ε inside the structure: why mirrored entries are doubled."""
+    structure = make_structure("hierarchical2_3", 9)
+    root = random(9, 9)
+    symmetric = root @ root.T
+    inside = structure.to_dense(structure.project(root.T))
+    linear = inside + inside.T
+    kept = (mask(structure).sum(0) + mask(structure).sum(0).T) > 0
+    torch.testing.assert_close(linear[kept], 2 * symmetric[kept])
+
+
+def test_toeplitz_forms_no_square_matrix():
+    """A dense 60 000 × 60 000 matrix would take 14 GB."""
+    structure = make_structure("triltoeplitz", 60_000)
+    values = torch.randn(60_000)
+    rows = torch.randn(2, 60_000)
+    moved = structure.finish(values, structure.moment(values, rows))
+    assert structure.product(values, structure.gram(values) + moved).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("block30", "block30diagonal"), ("diag", "diagonal"), ("hierarchical15", "hierarchical15_15"), ("Dense", "dense")],
+)
+def test_unknown_name_is_refused_with_the_closest(name, near):
+    with pytest.raises(ValueError, match=f"got '{name}'. Did you mean `{near}`"):
+        make_structure(name, 4)
+
+
+@pytest.mark.parametrize("name", ["block0diagonal", "hierarchical0_3", "block-1diagonal"])
+def test_sizes_start_at_one(name):
+    with pytest.raises(ValueError, match="sizes from 1 on"):
+        make_structure(name, 4)
