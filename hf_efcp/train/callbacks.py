@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_efcp.optim.base import EfcpOptimizer
-from hf_efcp.optim.registry import get_spec, list_optimizers
+from hf_efcp.train.run_record import registered_spec
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,9 @@ def will_log(args: TrainingArguments, state: TrainerState) -> bool:
 
 
 def optimizer_name(args: TrainingArguments, optimizer: Optimizer) -> str:
-    """The name that `--optim` had, or that of the class where it was built in code."""
-    name = str(getattr(args.optim, "value", args.optim))
-    is_registered = name in list_optimizers() and isinstance(optimizer, get_spec(name).cls)
-    return name if is_registered else type(optimizer).__name__.lower()
+    """The name that `--optim` had; where it was built in code the first that means this, as in the model card."""
+    spec = registered_spec(optimizer, str(getattr(args.optim, "value", args.optim)))
+    return spec.name if spec else type(optimizer).__name__
 
 
 def own_optimizer(optimizer: Any) -> EfcpOptimizer | None:

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import Trainer
 
+from hf_efcp.train.callbacks import TAG
 from hf_efcp.train.run_record import OptimizerRecord, command_line, evaluation_metrics, hardware, log_rows
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -74,7 +75,7 @@ def write_model_card(
         library_name="peft" if hasattr(trainer.model, "peft_config") else "transformers",
         base_model=_base_model(finetuned_from, trainer.model),
         datasets=[d["id"] for d in data_sets if d["id"]] or None,
-        tags=["hf_efcp", optimizer.name, "generated_from_trainer", *_listed(tags)],
+        tags=[TAG, optimizer.name, "generated_from_trainer", *_listed(tags)],
         pipeline_tag=next(iter(_tasks(trainer.model, tasks)), None),
         model_name=name,
         eval_results=_eval_results(rows, _tasks(trainer.model, tasks), data_sets) or None,
@@ -87,7 +88,7 @@ def write_model_card(
         base_model=metadata.base_model,
         dataset_names=[d["name"] for d in data_sets],
         optimizer=optimizer,
-        settings=_settings(trainer.args),
+        settings=_settings(trainer),
         world_size=trainer.args.world_size,
         command=command_line(),
         circumstances=_circumstances(trainer),
@@ -189,20 +190,29 @@ def _optimizer_record(trainer: Trainer) -> OptimizerRecord:
     return OptimizerRecord.of(trainer.optimizer, name)
 
 
-def _settings(args: Any) -> list[tuple[str, Any]]:
-    """What Trainer's own arguments say about a step."""
+def _settings(trainer: Trainer) -> list[tuple[str, Any]]:
+    """What Trainer's own arguments say about a step, and the learning rate that the optimizer started with."""
+    args = trainer.args
     scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     steps = ("steps", args.max_steps) if args.max_steps > 0 else ("epochs", args.num_train_epochs)
     clipping = f"norm {args.max_grad_norm:g}, before the optimizer sees them" if args.max_grad_norm else "none"
     return [
-        ("learning rate", f"{args.learning_rate:g}"),
+        ("learning rate", ", ".join(f"{rate:g}" for rate in _learning_rates(trainer))),
         ("schedule", f"{scheduler}, {args.warmup_steps:g} warm-up" if args.warmup_steps else scheduler),
         ("weight decay", f"{args.weight_decay:g}"),
         ("gradients clipped at", clipping),
         ("batch", batch),
         steps,
     ]
+
+
+def _learning_rates(trainer: Trainer) -> list[float]:
+    """Before any schedule, of each parameter group where they differ; `optim_args` may have set it."""
+    if trainer.optimizer is None:
+        return [trainer.args.learning_rate]
+    groups = trainer.optimizer.param_groups
+    return list(dict.fromkeys(float(group.get("initial_lr", group["lr"])) for group in groups))
 
 
 def _tables(rows: list[dict[str, float]]) -> dict[str, Any]:

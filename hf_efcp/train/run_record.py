@@ -50,7 +50,7 @@ class OptimizerRecord:
         """Measure `optimizer`, which was asked for as `name`; accelerate's wrappers are seen through."""
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
-        spec = _spec_of(optimizer, name)
+        spec = registered_spec(optimizer, name)
         if spec is None:
             signature = inspect.signature(type(optimizer).__init__).parameters
             usual = {option: parameter.default for option, parameter in signature.items()}
@@ -68,7 +68,7 @@ class OptimizerRecord:
         )
 
 
-def _spec_of(optimizer: Optimizer, name: str) -> OptimizerSpec | None:
+def registered_spec(optimizer: Optimizer, name: str) -> OptimizerSpec | None:
     """The registered optimizer asked for, or the first whose class and fixed options are those of `optimizer`."""
     names = list_optimizers()
     for spec in map(get_spec, sorted(names, key=lambda candidate: candidate != name)):

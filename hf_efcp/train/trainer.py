@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,8 @@ from transformers import PreTrainedModel, Trainer
 from hf_efcp.train.callbacks import own_optimizer
 from hf_efcp.train.model_card import write_model_card
 from hf_efcp.train.resume import load_converted, refuse_lost_parameters
+
+logger = logging.getLogger(__name__)
 
 
 class EfcpTrainer(Trainer):
@@ -60,8 +64,13 @@ class EfcpTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card of this package; Trainer's own where another optimizer trained the model."""
-        if own_optimizer(self.optimizer) is None:
+        """Write the card of this package; Trainer's own after another optimizer, or where jinja2 is missing."""
+        is_ours = own_optimizer(self.optimizer) is not None
+        if is_ours and importlib.util.find_spec("jinja2") is None:
+            if self.is_world_process_zero():
+                logger.warning("The model card is Trainer's own: that of hf_efcp needs jinja2, pip install jinja2.")
+            is_ours = False
+        if not is_ours:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             facts = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments

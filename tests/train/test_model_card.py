@@ -111,6 +111,13 @@ def test_settings_are_the_arguments_of_the_run(card):
     assert "norm 1," in settings["gradients clipped at"]
 
 
+def test_the_learning_rate_is_the_one_that_the_optimizer_had(trainer, card, monkeypatch):
+    """`lr` among the options wins over the default of `--learning_rate`; a schedule has moved `lr` since."""
+    monkeypatch.setattr(trainer.args, "learning_rate", 5e-5)
+    assert trainer.optimizer.param_groups[0]["lr"] < 3e-3
+    assert dict(table(card(), "Optimizer")[1:])["learning rate"] == "0.003"
+
+
 def test_training_log_is_the_log_history(trainer, card):
     header, *rows = table(card(), "Training log")
     assert header == ["step", "epoch", "training loss", "validation loss", "accuracy"]

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import logging
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import hf_efcp.train.trainer
 from hf_efcp.optim import MFAC
 from hf_efcp.train import EfcpTrainer, EfcpTrainingArguments
 from hf_efcp.train.callbacks import own_optimizer, will_log
+from hf_efcp.train.model_card import write_model_card
 
 
 def training_entries(trainer):
@@ -80,12 +83,15 @@ def test_other_optimizers_are_left_alone(tiny_bert, texts, arguments):
     assert not model.model_tags
 
 
-@pytest.mark.parametrize(("optim", "tag"), [("efcp_mfac", "efcp_mfac"), ("adamw_torch", "mfac")])
-def test_the_model_is_tagged(optim, tag, tiny_bert, texts, arguments):
+@pytest.mark.parametrize(("optim", "tag"), [("mfac", "mfac"), ("adamw_torch", "efcp_mfac")])
+def test_the_model_is_tagged_as_its_card_is(optim, tag, tiny_bert, texts, arguments, tmp_path):
     model = tiny_bert()
     in_code = {"optimizer_cls_and_kwargs": (MFAC, {"lr": 1e-3, "window": 2})} if tag != optim else {}
-    Trainer(model, arguments(optim=optim, max_steps=1), train_dataset=texts, **in_code).train()
+    trainer = Trainer(model, arguments(optim=optim, max_steps=1), train_dataset=texts, **in_code)
+    trainer.train()
     assert set(model.model_tags) == {"hf_efcp", tag}
+    write_model_card(tmp_path, trainer)
+    assert {"hf_efcp", tag} <= set(ModelCard.load(tmp_path / "README.md").data.tags)
 
 
 def test_skipped_steps_are_reported_once(tiny_bert, texts, arguments, caplog):
@@ -143,6 +149,16 @@ def test_the_card_tells_the_optimizer_and_keeps_what_it_is_given(tiny_bert, text
     card = ModelCard.load(tmp_path / "run" / "README.md").data
     assert (card.language, card.model_name) == ("en", "mine")
     assert {"hf_efcp", "efcp_mfac"} <= set(card.tags)
+
+
+def test_without_jinja2_the_card_is_trainers(tiny_bert, texts, arguments, tmp_path, monkeypatch, caplog):
+    trainer = EfcpTrainer(tiny_bert(), arguments(optim="efcp_mfac", max_steps=1), train_dataset=texts)
+    trainer.train()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with caplog.at_level(logging.WARNING, logger="hf_efcp"):
+        trainer.create_model_card(model_name="mine")
+    assert "pip install jinja2" in caplog.text
+    assert "generated automatically" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_the_trainer_overrides_little():
