@@ -154,17 +154,14 @@ class BlockTopKWindow:
 
     def push(self, gradient: Tensor, row: Tensor, accept: Tensor, scratch: Tensor) -> Tensor:
         residual = self.residual if self.grid is not None else self._blocks(self.residual)
-        dtype = self.values.dtype
-        chosen, stored, scales = ops.accumulate_topk_(
-            residual, self._blocks(gradient), self.k, dtype, accept, grid=self.grid, group=self.group
+        ops.push_topk_(
+            *(self.indices, self.values, row, residual, self._blocks(gradient), accept),
+            scales=self.scales,
+            grid=self.grid,
         )
-        newest = stored.float() if scales is None else ops.dequantize_int8(stored, scales)
-        self._blocks(scratch.zero_()).scatter_(1, chosen, newest)
-        _replace(self.indices, row, chosen.to(self.indices.dtype), accept)
-        _replace(self.values, row, stored, accept)
-        if scales is not None:
-            _replace(self.scales, row, scales, accept)
-        return self.dots(scratch)
+        scratch = self._blocks(scratch)
+        dots = [ops.row_dots(indices, values, row, scratch[s], scales) for s, indices, values, scales in self._parts()]
+        return torch.stack(dots)
 
     def _parts(self) -> list[tuple[slice, Tensor, Tensor, Tensor | None]]:
         """Blocks, indices, values and scales of each system."""
@@ -212,11 +209,6 @@ class BlockTopKWindow:
 def scale_group(block_size: int) -> int:
     """Blocks that share a scale of int8 values: 4096 entries, or one block where that is more."""
     return max(1, 4096 // block_size)
-
-
-def _replace(buffer: Tensor, row: Tensor, new: Tensor, accept: Tensor) -> None:
-    """`buffer[:, row] = new` where accepted."""
-    buffer.index_copy_(1, row[None], torch.where(accept, new, buffer[:, row])[:, None])
 
 
 class GlobalTopKWindow:

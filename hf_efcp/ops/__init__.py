@@ -1,14 +1,24 @@
 """The hot loops: block top-k with error feedback, window dots, window combine.
 
-`torch_ops` is the definition; every other backend must equal it to rounding.
+`torch_ops` is the definition; every other backend must equal it to rounding. `backend` chooses.
 """
 
-from hf_efcp.ops.torch_ops import (
-    accumulate_topk_,
-    dequantize_int8,
-    unpack_int4,
-    window_combine_,
-    window_dots,
-)
+from hf_efcp.ops import torch_ops
+from hf_efcp.ops.backend import on_backend
+from hf_efcp.ops.torch_ops import dequantize_int8, unpack_int4
 
-__all__ = ["accumulate_topk_", "dequantize_int8", "unpack_int4", "window_combine_", "window_dots"]
+accumulate_topk_ = on_backend(torch_ops.accumulate_topk_)
+push_topk_ = on_backend(torch_ops.push_topk_)
+row_dots = on_backend(torch_ops.row_dots)
+window_combine_ = on_backend(torch_ops.window_combine_)
+window_dots = on_backend(torch_ops.window_dots)
+
+__all__ = [
+    "accumulate_topk_",
+    "dequantize_int8",
+    "push_topk_",
+    "row_dots",
+    "unpack_int4",
+    "window_combine_",
+    "window_dots",
+]

@@ -107,6 +107,33 @@ def accumulate_topk_(
     return indices, values, scales
 
 
+def push_topk_(
+    indices: Tensor,
+    values: Tensor,
+    row: Tensor,
+    residual: Tensor,
+    gradient: Tensor,
+    accept: Tensor,
+    *,
+    scales: Tensor | None = None,
+    grid: Tensor | None = None,
+) -> None:
+    """`accumulate_topk_` into row `row` of a window; nothing changes where `accept` is false.
+
+    Args:
+        indices, values, scales: the window, changed in place.
+        row: () int64.
+        residual, gradient, accept, grid: as in `accumulate_topk_`.
+    """
+    group = 1 if scales is None or not len(scales) else len(indices) // len(scales)
+    k = indices.shape[2]
+    newest = accumulate_topk_(residual, gradient, k, values.dtype, accept, grid=grid, group=group)
+    for buffer, new in zip((indices, values, scales), newest, strict=True):
+        if buffer is not None:
+            new = torch.where(accept, new.to(buffer.dtype), buffer[:, row])
+            buffer.index_copy_(1, row[None], new[:, None])
+
+
 def _plus(residual: Tensor, gradient: Tensor, grid: Tensor | None) -> Tensor:
     """Their float32 sum, in place where the residual is float32."""
     if grid is not None:
@@ -171,10 +198,19 @@ def window_dots(indices: Tensor, values: Tensor, x: Tensor, scales: Tensor | Non
     return total
 
 
+def row_dots(indices: Tensor, values: Tensor, row: Tensor, scratch: Tensor, scales: Tensor | None = None) -> Tensor:
+    """`window_dots` with row `row` (() int64) of the window itself; what stands in `scratch`, as `x` there, is lost."""
+    stored = values[:, row]
+    if scales is not None:
+        stored = dequantize_int8(stored, scales[:, row])
+    scratch.zero_().scatter_(1, indices[:, row].long(), stored.to(scratch.dtype))
+    return window_dots(indices, values, scratch, scales)
+
+
 def _chunks(indices: Tensor, values: Tensor, block_size: int, scales: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Runs of blocks with their values, int8 scaled."""
     n_blocks, window, k = indices.shape
-    group = 1 if scales is None else n_blocks // max(1, len(scales)) or 1
+    group = n_blocks // len(scales) if scales is not None and len(scales) else 1
     per_chunk = group * max(1, _CHUNK // (max(window * k, block_size) * group))
     for start in range(0, n_blocks, per_chunk):
         part = slice(start, start + per_chunk)
@@ -217,15 +253,15 @@ def window_combine_(
     """Add `Gᵀ coefficients` to `out` in place and return it.
 
     Args:
-        out: (B, block_size) float32.
+        out: (B, block_size) float32 or float64; terms and sums are of its dtype.
         indices: (B, m, k) integers, local to their block.
         values: (B, m, k) float32, bfloat16 or int8.
-        coefficients: (m,), cast to float32.
+        coefficients: (m,), cast to the dtype of `out`.
         scales: (B/G, m) float32 of int8 values.
     """
     _, window, k = indices.shape
-    weights = coefficients.to(torch.float32)[:, None]
+    weights = coefficients.to(out.dtype)[:, None]
     for part, stored in _chunks(indices, values, out.shape[1], scales):
-        scaled = (stored * weights).view(-1, window * k)
+        scaled = (stored.to(out.dtype) * weights).view(-1, window * k)
         out[part].scatter_add_(1, indices[part].reshape(-1, window * k).long(), scaled)
     return out
