@@ -91,7 +91,9 @@ def measure(shape: tuple[int, int], rank: int, repeats: int) -> list[dict[str, o
         add(name, both - apply, apply, optimizer.state_bytes())
     full = FullShampoo(shape)
     update = milliseconds(lambda: full.update(gradient), 2)
-    add("full Shampoo, eigh", update, milliseconds(lambda: full.apply(gradient), repeats), 8 * sum(d * d for d in shape))
+    add(
+        "full Shampoo, eigh", update, milliseconds(lambda: full.apply(gradient), repeats), 8 * sum(d * d for d in shape)
+    )
     weight = torch.nn.Parameter(torch.zeros(shape))
     weight.grad = gradient
     adamw = torch.optim.AdamW([weight], foreach=True)

@@ -119,6 +119,7 @@ register(
         cls=SketchyShampoo,
         summary="S-Shampoo: Shampoo with a frequent-directions sketch of each axis",
         paper=_SKETCHY,
+        defaults={"update_freq": 10, "sketch_update": "subspace"},
         presets={"paper": _PUBLISHED_SHAMPOO},
     )
 )

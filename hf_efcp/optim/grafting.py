@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 UPDATE_RMS = 0.25  # root mean square of the step with grafting="rms"; about that of Adam
-_EPSILON = 1e-16  # relative to the mean square: entries that were always zero
 
 
 def graft_state(kind: str, parameter: Tensor) -> dict[str, Tensor]:
@@ -25,44 +24,63 @@ def graft_state(kind: str, parameter: Tensor) -> dict[str, Tensor]:
     return {}
 
 
-def update_moments_(state: dict[str, Tensor], gradient: Tensor, beta2: float, accept: Tensor | None) -> None:
-    """Take the gradient into what `graft_state` made; nothing where `accept`, () bool, is given and false."""
-    moments = [pair for pair in (("mean_square", None), ("row_square", -1), ("column_square", -2)) if pair[0] in state]
-    if moments:
-        square = gradient.square()
-        for name, mean in moments:
-            new = square if mean is None else square.mean(mean)
-            moment = state[name]
-            updated = moment + new if beta2 == 1 else moment.lerp(new.to(moment.dtype), 1 - beta2)
-            moment.copy_(updated if accept is None else torch.where(accept, updated, moment))
+def update_moments_(state: dict[str, Tensor], square: Tensor, beta2: float, accept: Tensor | None) -> None:
+    """Take a squared gradient into what `graft_state` made; nothing where `accept`, () bool, is given and false.
+
+    β₂ = 1 sums.
+    """
+    for name, axis in (("mean_square", None), ("row_square", -1), ("column_square", -2)):
+        if name not in state:
+            continue
+        new = square if axis is None else square.mean(axis)
+        moment = state[name]
+        updated = moment + new if beta2 == 1 else moment.lerp(new.to(moment.dtype), 1 - beta2)
+        moment.copy_(updated if accept is None else torch.where(accept, updated, moment))
 
 
-def graft_step(kind: str, state: dict[str, Tensor], gradient: Tensor, beta2: float, count: int) -> Tensor:
-    """The step whose length is grafted.
+def graft_norm(
+    kind: str, state: dict[str, Tensor], gradient: Tensor, square: Tensor | None, correction: float
+) -> Tensor:
+    """Frobenius norm of the graft step, (), without the step.
 
     Args:
         state: after `update_moments_`.
-        count: gradients in the moments, this one included.
+        square: the squared gradient, where the graft has moments.
+        correction: `1 − β₂ᵗ` after t gradients, 1 for sums.
     """
-    if kind == "rms":
-        norm = torch.linalg.vector_norm(gradient)
-        target = UPDATE_RMS * gradient.numel() ** 0.5
-        return gradient * torch.where(norm > 0, target / norm, torch.zeros_like(norm))
-    if kind in ("none", "sgd"):
-        return gradient
     if "mean_square" in state:
-        square = state["mean_square"]
-    else:
+        return (correction * (square * _reciprocal(state["mean_square"])).sum()).sqrt()
+    if "row_square" in state:
         row, column = state["row_square"], state["column_square"]
-        mean = row.mean(-1, keepdim=True)
-        square = (row / torch.where(mean > 0, mean, 1))[..., None] * column[..., None, :]
-    correction = 1.0 if beta2 == 1 else 1 - beta2**count
-    floor = _EPSILON * square.mean()
-    return gradient * torch.where(square > 0, (square / correction + floor).rsqrt(), 0).to(gradient.dtype)
+        weighted = (square @ _reciprocal(column).to(square.dtype)[..., None]).squeeze(-1)
+        return (correction * (weighted * _reciprocal(row) * row.mean(-1, keepdim=True)).sum()).sqrt()
+    norm = torch.linalg.vector_norm(gradient)
+    if kind == "rms":
+        return torch.where(norm > 0, UPDATE_RMS * gradient.numel() ** 0.5, torch.zeros_like(norm))
+    return norm
 
 
-def graft_(direction: Tensor, step: Tensor) -> Tensor:
-    """Scale the direction to the length of `step`; zero where it is zero."""
+def graft_step(kind: str, state: dict[str, Tensor], gradient: Tensor, correction: float) -> Tensor:
+    """The step whose norm `graft_norm` gives, a new tensor."""
+    if "mean_square" in state:
+        inverse = _reciprocal(state["mean_square"])
+    elif "row_square" in state:
+        row, column = state["row_square"], state["column_square"]
+        inverse = (_reciprocal(row) * row.mean(-1, keepdim=True))[..., None] * _reciprocal(column)[..., None, :]
+    elif kind == "rms":
+        norm = torch.linalg.vector_norm(gradient)
+        return gradient * (graft_norm(kind, state, gradient, None, correction) / torch.where(norm > 0, norm, 1))
+    else:
+        return gradient.clone()
+    return gradient * (correction * inverse).sqrt().to(gradient.dtype)
+
+
+def graft_(direction: Tensor, length: Tensor) -> Tensor:
+    """Scale the direction to a norm of `length`; zero where it is zero."""
     norm = torch.linalg.vector_norm(direction)
-    factor = torch.linalg.vector_norm(step) / torch.where(norm > 0, norm, 1)
-    return direction.mul_(torch.where(norm > 0, factor, 0))
+    return direction.mul_(torch.where(norm > 0, length / torch.where(norm > 0, norm, 1), 0))
+
+
+def _reciprocal(x: Tensor) -> Tensor:
+    """1/x, and 0 for entries that were always zero."""
+    return torch.where(x > 0, 1 / x, 0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efcp.optim.grafting import graft_, graft_state, graft_step, update_moments_
+from hf_efcp.optim.grafting import graft_, graft_norm, graft_state, graft_step, update_moments_
 from hf_efcp.optim.options import check_options
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
 from hf_efcp.optim.partition import partition, squeeze
@@ -75,7 +75,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         sketch_update: str = "exact",
         tail_decay: str = "linear",
         tail: str = "rho",
-        grafting: str = "rmsprop",
+        grafting: str = "rms",
         momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 0.0,
@@ -170,14 +170,16 @@ class SketchyShampoo(ParameterwiseOptimizer):
     def _length(self, p: Tensor, gradient: Tensor, direction: Tensor, accept: Tensor) -> Tensor:
         """The direction at the length of the graft step; that step itself at first."""
         options, state = self.defaults, self.state[p]
-        count, kind, beta2 = int(state["step"]), options["grafting"], options["beta2"]
+        kind, beta2, count = options["grafting"], options["beta2"], int(state["step"])
         gradient, update = gradient.view(p.shape), direction.reshape(p.shape)
-        update_moments_(state, gradient, beta2, self._mask(accept))
-        is_warming = count < options["start_preconditioning_step"]
-        if kind == "none" and not is_warming:
-            return update
-        step = graft_step(kind, state, gradient, beta2, count + 1)
-        return step if is_warming else graft_(update, step)
+        correction = 1.0 if beta2 == 1 else 1 - beta2 ** (count + 1)
+        square = None
+        if kind in ("rmsprop", "adafactor"):
+            square = gradient.square()
+            update_moments_(state, square, beta2, self._mask(accept))
+        if count < options["start_preconditioning_step"]:
+            return graft_step(kind, state, gradient, correction)
+        return update if kind == "none" else graft_(update, graft_norm(kind, state, gradient, square, correction))
 
     def _apply(self, p: Tensor, update: Tensor, group: dict[str, Any], accept: Tensor) -> None:
         """Momentum, decay and the step; an update that overflowed moves nothing but the decay."""

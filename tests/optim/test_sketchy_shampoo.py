@@ -97,6 +97,9 @@ def test_graft_gives_the_whole_tensor_its_length(kind):
             "rms": torch.tensor(UPDATE_RMS * 48**0.5, dtype=torch.float64),
         }[kind]
         torch.testing.assert_close(change.norm(), expected, rtol=1e-6, atol=0)  # moments are float32
+    warm = updates(gradients, rank=3, grafting=kind, beta2=0.9, start_preconditioning_step=3)
+    for step, change in zip(warm, changes, strict=True):
+        torch.testing.assert_close(step.norm(), change.norm(), rtol=1e-6, atol=0)
 
 
 def test_first_steps_are_the_graft_rules_own():
