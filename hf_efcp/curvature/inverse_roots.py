@@ -84,6 +84,8 @@ def precondition(gradient: Tensor, roots: Sequence[tuple[int, Root]], projection
     """
     if gradient.ndim == 3 and len(roots) == 2:
         return _both_sides(gradient, roots[0][1], roots[1][1], *projections)
+    if gradient.ndim == 3 and len(roots) == 1:
+        return _one_side(gradient, *roots[0], projections[0])
     result = gradient
     for i, (axis, root) in enumerate(roots):
         matrix = unfold(result, axis)
@@ -92,6 +94,13 @@ def precondition(gradient: Tensor, roots: Sequence[tuple[int, Root]], projection
         matrix = torch.baddbmm(matrix * _of(root.outside, gradient)[..., None, None], root.basis, weights * inner)
         result = fold(matrix, axis, gradient.shape)
     return result
+
+
+def _one_side(gradient: Tensor, axis: int, root: Root, projection: Tensor) -> Tensor:
+    """`L G` or `G R`, in the gradient's own order of entries: a transposed update is slow to add to the weights."""
+    weighted = _of(root.inside - root.outside[..., None], gradient)[..., None] * projection
+    product = root.basis @ weighted if axis == 0 else weighted.mT @ root.basis.mT
+    return product.addcmul_(gradient, _of(root.outside, gradient)[..., None, None])
 
 
 def _both_sides(gradient: Tensor, left: Root, right: Root, left_projection: Tensor, right_projection: Tensor) -> Tensor:
