@@ -1,4 +1,4 @@
-"""`hf-efcp`: what the optimizers are and take, and training with one of them."""
+"""`hf-efcp`: what the optimizers are and take and cost, training with one of them, and the curves of a run."""
 
 from __future__ import annotations
 
@@ -109,15 +109,67 @@ def _wrapped(text: str, first: str = "", rest: str = "    ") -> list[str]:
     )
 
 
+def _memory(arguments: argparse.Namespace) -> str:
+    from hf_efcp.optim.optim_args import parse_optim_args
+
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("hf-efcp memory needs transformers: pip install 'hf-efcp[hf]'") from None
+    from hf_efcp.memory import memory_text
+
+    transformers.logging.set_verbosity_error()
+    return memory_text(
+        arguments.model,
+        arguments.optim,
+        parse_optim_args(arguments.optim_args),
+        model_class=arguments.model_class,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        world_size=arguments.world_size,
+    )
+
+
+def _plot(arguments: argparse.Namespace) -> str:
+    from hf_efcp.plot import plot_run
+
+    return str(plot_run(arguments.folder, arguments.output))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-efcp", description=__doc__.replace("`", ""))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("list", help="the optimizers: name, summary, paper")
+    listing = commands.add_parser("list", help="the optimizers: name, summary, paper")
+    listing.set_defaults(text=lambda arguments: list_text())
     explain = commands.add_parser("explain", help="every option of an optimizer")
     explain.add_argument("name", metavar="NAME", help="as `hf-efcp list` prints it")
+    explain.set_defaults(text=lambda arguments: explain_text(arguments.name))
+    _add_memory(commands)
+    plot = commands.add_parser("plot", help="the log of a run as curves, in a PNG")
+    plot.add_argument("folder", metavar="RUN_DIR", help="output_dir of the run, or one of its checkpoints")
+    plot.add_argument("--output", metavar="PNG", help="the picture, by default RUN_DIR/log.png")
+    plot.set_defaults(text=_plot)
     # `run` never reaches this parser, which would take the script's own flags for itself.
     commands.add_parser("run", help="a training script with these optimizers under --optim: run SCRIPT.py ...")
     return parser
+
+
+def _add_memory(commands: Any) -> None:
+    memory = commands.add_parser(
+        "memory",
+        help="what a model and an optimizer will hold, without allocating it",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    memory.add_argument("model", metavar="MODEL", help="Hub id, local folder, config.json or model type (bert)")
+    memory.add_argument("--optim", required=True, metavar="NAME", help="as `hf-efcp list` prints it")
+    memory.add_argument("--optim_args", metavar="name=value,...", help="its options, as for training")
+    memory.add_argument("--model_class", metavar="CLASS", help="of transformers, instead of the config's")
+    memory.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights, if not the config's"
+    )
+    memory.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where training will run")
+    memory.add_argument("--world_size", type=int, default=1, metavar="N", help="processes")
+    memory.set_defaults(text=_memory)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(argv[1:]) or 0
     arguments = _parser().parse_args(argv)
     try:
-        text = list_text() if arguments.command == "list" else explain_text(arguments.name)
-    except ValueError as error:
+        text = arguments.text(arguments)
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"hf-efcp: {error}", file=sys.stderr)
         return 2
     try:

@@ -26,6 +26,7 @@ class EfcpOptimizer(Optimizer):
     """
 
     options: tuple[Option, ...] = ()
+    cpu_state: tuple[str, ...] = ()  # state that only an optimizer on the CPU keeps; on meta it is there too
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may have its own `lr` and `weight_decay`, the other options are the optimizer's."""

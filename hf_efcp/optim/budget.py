@@ -24,6 +24,8 @@ _FORMATS = (
     {"value_dtype": "int8", "residual_dtype": "int4", "moment_dtype": "bfloat16", "block_size": 256},
 )
 
+PICKED = ("window", "density", *_FORMATS[0])  # the options that a budget sets
+
 
 def parse_bytes(text: str | int, params: Iterable[Tensor]) -> int:
     """A number of bytes: `8000000`, `"8GB"`, `"500MiB"`, or `"adamw"`, what AdamW's two moments of `params` take.
@@ -78,7 +80,7 @@ def fit_budget(cls: type[Optimizer], params: list[Tensor], options: Mapping[str,
             f"`memory_budget` {options['memory_budget']} is {budget:,} bytes; the smallest window, of {_WINDOWS[-1]} "
             f"rows, takes {smallest:,} with scaling={options['scaling']!r}."
         )
-    shown = ", ".join(f"{name}={best[name]}" for name in ("window", "density", *_FORMATS[0]))
+    shown = ", ".join(f"{name}={best[name]}" for name in PICKED)
     logger.warning(
         "memory_budget=%s picked %s: %s of %s bytes.", options["memory_budget"], shown, f"{size:,}", f"{budget:,}"
     )
@@ -87,6 +89,6 @@ def fit_budget(cls: type[Optimizer], params: list[Tensor], options: Mapping[str,
 
 def count_bytes(cls: type[Optimizer], params: list[Tensor], options: Mapping[str, Any]) -> int:
     """Bytes of all that lives between steps, counted on the meta device; `params` must be there."""
-    optimizer = cls(params, **options)
+    optimizer = cls(params, **{**options, "state_device": None})  # which would be a real device, with real tensors
     optimizer.materialize_state()
     return optimizer.state_bytes()

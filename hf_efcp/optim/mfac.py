@@ -71,6 +71,8 @@ class MFAC(WindowOptimizer):
         ),
     )
 
+    cpu_state = ("inverse",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -104,7 +106,7 @@ class MFAC(WindowOptimizer):
     def _slides(self) -> bool:
         """Whether an inverse is kept between steps: worth it where a fresh factor is dear and λ stands still."""
         options = self.defaults
-        return options["window"] > 256 and options["damping_mode"] == "absolute" and options["system"] == "model"
+        return options["window"] >= 128 and options["damping_mode"] == "absolute" and options["system"] == "model"
 
     def _shared_state(self, device: torch.device) -> dict[str, Tensor]:
         shared = super()._shared_state(device)
