@@ -15,6 +15,7 @@ options:
   --trainer efcp             the default: transformers.Trainer is hf_efcp.train.EfcpTrainer, which restores renamed
                              weights (a ViT's encoder) when it resumes and writes the optimizer into the model card
   --trainer transformers     leave transformers.Trainer as it is
+  --metrics                  let a Trainer log how the curvature shapes the steps: spectrum, scaling, rotation, residual
   --help                     print this and leave
 """
 
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 
 from hf_efcp.optim.options import closest
 
-_OPTIONS = ("--list", "--explain", "--patch-adamw", "--trainer", "--help", "-h", "-m")
+_OPTIONS = ("--list", "--explain", "--patch-adamw", "--trainer", "--metrics", "--help", "-h", "-m")
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Command:
     texts: list[Callable[[], str]] = field(default_factory=list)
     patch_adamw: str | None = None
     trainer: str | None = None
+    metrics: bool = False
     module: bool = False
     script: list[str] = field(default_factory=list)
 
@@ -60,6 +62,8 @@ def parse(argv: Sequence[str]) -> Command:
             command.texts.append(lambda optimizer=value: _explain_text(optimizer))
         elif name in ("--help", "-h"):
             command.texts.append(lambda: __doc__)
+        elif name == "--metrics":
+            command.metrics = True
         elif name == "--patch-adamw":
             command.patch_adamw = value
         elif name == "--trainer":
@@ -103,13 +107,16 @@ def _prepare(command: Command) -> None:
 
         patch_adamw(command.patch_adamw)
     if importlib.util.find_spec("transformers") is None:
-        if command.trainer is not None:
-            raise ValueError("`--trainer` needs transformers: pip install 'hf-efcp[hf]'.")
+        for option, given in (("--trainer", command.trainer is not None), ("--metrics", command.metrics)):
+            if given:
+                raise ValueError(f"`{option}` needs transformers: pip install 'hf-efcp[hf]'.")
         return
     import hf_efcp.train
 
     if command.trainer != "transformers":
         hf_efcp.train.replace_trainer()
+    if command.metrics:
+        hf_efcp.train.log_diagnostics()
 
 
 def _run(command: Command) -> None:

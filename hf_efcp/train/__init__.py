@@ -7,12 +7,20 @@ except ModuleNotFoundError as error:
         "hf_efcp.train needs transformers: pip install 'hf-efcp[hf]'. The optimizers alone, hf_efcp.optim, do not."
     ) from error
 
-from hf_efcp.train.registration import register_optimizers
+from hf_efcp.train.registration import log_diagnostics, register_optimizers
 
 register_optimizers()
 
 from hf_efcp.train.arguments import EfcpTrainingArguments  # noqa: E402  (its default is a registered name)
-from hf_efcp.train.callbacks import EfcpCallback  # noqa: E402
+from hf_efcp.train.callbacks import EfcpCallback, EfcpMetricsCallback  # noqa: E402
 from hf_efcp.train.trainer import EfcpTrainer, replace_trainer  # noqa: E402
 
-__all__ = ["EfcpCallback", "EfcpTrainer", "EfcpTrainingArguments", "register_optimizers", "replace_trainer"]
+__all__ = [
+    "EfcpCallback",
+    "EfcpMetricsCallback",
+    "EfcpTrainer",
+    "EfcpTrainingArguments",
+    "log_diagnostics",
+    "register_optimizers",
+    "replace_trainer",
+]

@@ -57,7 +57,10 @@ class EfcpCallback(TrainerCallback):
         optimizer = own_optimizer(kwargs.get("optimizer"))
         if optimizer is None or logs is None or "loss" not in logs:
             return
-        metrics = {f"{PREFIX}{name}": value for name, value in optimizer.metrics().items()}
+        figures = optimizer.metrics()
+        if getattr(optimizer, "logs_diagnostics", False):
+            figures.update(optimizer.diagnostics())
+        metrics = {f"{PREFIX}{name}": value for name, value in figures.items()}
         logs.update(metrics)
         # Trainer has put a copy of the entry into its history before it calls.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -73,6 +76,37 @@ class EfcpCallback(TrainerCallback):
                 skipped,
             )
         self._skipped = skipped
+
+
+class EfcpMetricsCallback(TrainerCallback):
+    """Adds `optimizer.diagnostics()` to the log entries of training: how the curvature shapes the steps.
+
+    Spectrum of the Gram matrix (`optim_eigenvalue_1`, …, `optim_effective_rank`), scaling and rotation of the gradient
+    by preconditioning as EFCP (arXiv 2306.06098) quantifies it (`optim_preconditioning_scale`,
+    `optim_preconditioning_cosine`), and what compression holds back (`optim_residual_over_gradient`).
+
+        Trainer(…, callbacks=[EfcpMetricsCallback()])
+
+    Each logged step then copies its gradient once and solves an m×m eigenproblem. `EfcpCallback` writes the figures,
+    since a callback that is given to a Trainer runs after those that report to TensorBoard and the like.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = own_optimizer(kwargs.get("optimizer"))
+        if hasattr(optimizer, "diagnostics"):
+            optimizer.logs_diagnostics = True
+        elif state.is_world_process_zero:
+            kind = type(getattr(kwargs.get("optimizer"), "optimizer", kwargs.get("optimizer"))).__name__
+            logger.warning("EfcpMetricsCallback has nothing to log: %s has no diagnostics.", kind)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = own_optimizer(kwargs.get("optimizer"))
+        if hasattr(optimizer, "diagnostics"):
+            optimizer.logs_diagnostics = False
 
 
 def will_log(args: TrainingArguments, state: TrainerState) -> bool:

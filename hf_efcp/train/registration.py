@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from hf_efcp.optim.optim_args import parse_optim_args
 from hf_efcp.optim.registry import OptimizerSpec, get_spec, list_optimizers
-from hf_efcp.train.callbacks import EfcpCallback
+from hf_efcp.train.callbacks import EfcpCallback, EfcpMetricsCallback
 
 DEFAULT_LEARNING_RATE = 5e-5  # of TrainingArguments: where `--learning_rate` has it, nobody chose it
 
@@ -36,6 +36,17 @@ def register_optimizers() -> None:
         module._parse_optim_args = parse_optim_args
     if EfcpCallback not in callbacks:
         callbacks.append(EfcpCallback)
+
+
+def log_diagnostics() -> None:
+    """Let every Trainer that is made from now on log `optimizer.diagnostics()`, see `EfcpMetricsCallback`.
+
+    Raises:
+        RuntimeError: as `register_optimizers`.
+    """
+    *_, callbacks = _seams()
+    if EfcpMetricsCallback not in callbacks:
+        callbacks.append(EfcpMetricsCallback)
 
 
 def _seams() -> tuple[type[Enum], dict[str, Callable], list[Any], list[type]]:
