@@ -21,6 +21,7 @@ class Structure:
     """
 
     numel: int
+    sums_raw = False  # whether `moment` leaves M aside, so that layers with the same rows may share one
 
     def __init__(self, dim: int):
         self.dim = dim

@@ -11,6 +11,8 @@ from hf_efcp.curvature.structures.base import Structure
 class BlockDiagonal(Structure):
     """⌊d/k⌋ blocks k×k along the diagonal and a last, smaller one. Dense where d ≤ k."""
 
+    sums_raw = True
+
     def __init__(self, dim: int, block: int):
         super().__init__(dim)
         self.block = min(block, dim)

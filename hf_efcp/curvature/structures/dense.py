@@ -11,6 +11,8 @@ from hf_efcp.curvature.structures.base import Structure
 class Dense(Structure):
     """All d² entries. Sums of rows' products are kept raw, so that a batch costs one product and not two."""
 
+    sums_raw = True
+
     def __init__(self, dim: int):
         super().__init__(dim)
         self.numel = dim * dim
@@ -48,6 +50,8 @@ class Dense(Structure):
 
 class Diagonal(Structure):
     """The d diagonal entries."""
+
+    sums_raw = True
 
     def __init__(self, dim: int):
         super().__init__(dim)

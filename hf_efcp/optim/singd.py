@@ -1,0 +1,219 @@
+"""SINGD: natural gradient with structured Kronecker factors and no inverse."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_efcp.curvature.layers import Layer
+from hf_efcp.optim.adamw import adam_direction, adam_state
+from hf_efcp.optim.options import check_options
+from hf_efcp.optim.singd_layers import SingdLayers
+from hf_efcp.optim.singd_options import SINGD_OPTIONS
+from hf_efcp.optim.singd_state import FactorPair, clip_scale, new_factors
+
+logger = logging.getLogger(__name__)
+
+
+class SINGD(SingdLayers):
+    """Steps along `CCᵀ G KKᵀ`, where `(KKᵀ) ⊗ (CCᵀ)` learns the inverse curvature (arXiv 2312.05705).
+
+    Each `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and transformers' `Conv1D` has a factor K over its inputs (bias
+    included) and C over its outputs; all other parameters, and those of a layer that is never called, are AdamW's, in
+    this same optimizer: `explain_parameters()` says which and why. The keywords are those of the singd package. What
+    differs: weight decay is decoupled, factors are float32 in a bfloat16 model, statistics are sums over all backward
+    passes of a step, tokens without a gradient count nowhere, each group of a convolution counts for itself.
+
+        m ← momentum·m + CCᵀ G KKᵀ,   p ← p(1 − lr·weight_decay) − lr·m  (`scaling="layer_rms"`: m at a fixed RMS)
+
+    fp16: the loss is scaled when statistics are taken, so call `use_scaler(scaler)`; hf_efcp's callback does it under
+    Trainer. Clipping raw gradients shortens the step and not the curvature: prefer `max_update_norm` or `kl_clip`.
+
+    Args:
+        model: whose layers are watched, wrapped (DDP) or not.
+        lr: learning rate.
+        momentum: α₂.
+        damping: λ.
+        alpha1: α₁, Riemannian momentum; with `kfac_like` there is none.
+        weight_decay: decoupled, as AdamW's.
+        T: steps between updates of the factors; a step left out does not count.
+        loss_average: `"batch"`: the loss is a mean over samples; `"batch+sequence"`: over tokens, counted as those
+            with a gradient, or as `set_loss_terms` says; `None`: a sum.
+        lr_cov: β₁.
+        structures: of K and C: `dense`, `diagonal`, `block30diagonal`, `hierarchical15_15`, `triltoeplitz`, ….
+        kfac_approx: `"expand"` or `"reduce"`, for weights used at many tokens or positions.
+        kfac_like: IKFAC.
+        preconditioner_dtype: of K and C; `None` is float32. Updates of 1 % stall in bfloat16.
+        normalize_lr_cov: divide `lr_cov` by the direction's largest entry.
+        lr_cov_warmup: updates over which `lr_cov` rises.
+        warm_start: start at the scale of the first statistics, where the published rule starts at I and grows.
+        max_growth: bound on `τ(KKᵀ)·τ(CCᵀ)`.
+        scaling, rms: `"layer_rms"` gives a layer's step that root mean square; learning rates are then AdamW's.
+        max_update_norm, kl_clip: clip the preconditioned gradient.
+        max_dense_dim: dense factors wider than this, as a vocabulary's, are diagonal.
+        cache_metrics: keep KKᵀ and CCᵀ of dense factors.
+        fallback_lr: AdamW's rate while `lr` is at its first value; follows `lr`'s schedule.
+        beta1, beta2, eps: AdamW's.
+        warn_unsupported: log what AdamW optimizes.
+        init_grad_scale: of the loss, where no scaler is known.
+        params: parameters or groups; all trainable ones by default. Weight and bias may be in different groups.
+
+    Raises:
+        ValueError, TypeError: an option is out of range or of the wrong kind, by name.
+
+    When not to use it: with several processes whose batches differ, since each keeps its own factors.
+    """
+
+    options = SINGD_OPTIONS
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        alpha1: float = 0.5,
+        weight_decay: float = 0.0,
+        T: int = 10,
+        loss_average: str | None = "batch",
+        lr_cov: float = 1e-2,
+        structures: str | tuple[str, str] = "dense+dense",
+        kfac_approx: str = "expand",
+        warn_unsupported: bool = False,
+        kfac_like: bool = False,
+        preconditioner_dtype: Any = "none+none",
+        init_grad_scale: float = 1.0,
+        normalize_lr_cov: bool = False,
+        params: Iterable[Any] | None = None,
+        *,
+        lr_cov_warmup: int = 0,
+        warm_start: bool = False,
+        max_growth: float | None = None,
+        scaling: str = "none",
+        rms: float = 0.2,
+        max_update_norm: float | None = None,
+        kl_clip: float | None = None,
+        max_dense_dim: int = 4096,
+        cache_metrics: bool = True,
+        fallback_lr: float | None = None,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+    ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"SINGD is built over a module, whose layers it watches, got {type(model).__name__}.")
+        super().__init__(model, params, check_options(self.options, given))
+
+    def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        layer = self._layer_of(parameter)
+        state: dict[str, Tensor] = {}
+        if layer is None or "exp_avg" in self.state.get(parameter, {}):
+            state.update(adam_state(parameter), adam_step=self._zero(parameter))
+        if layer is not None and self.param_groups[0]["momentum"]:
+            dtype = torch.promote_types(torch.float32, parameter.dtype)
+            state["momentum"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        if layer is not None and parameter is layer.weight:
+            state.update(new_factors(layer, self.defaults), refreshes=self._zero(parameter))
+        return state
+
+    def _zero(self, parameter: Tensor) -> Tensor:
+        device = parameter.device if parameter.is_meta else torch.device("cpu")  # counts wait for no device
+        return torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what `closure` returns. A step whose gradients are not finite is left out.
+
+        When the factors are due, the host reads whether the step counts; at all other steps it waits for nothing.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            if self._has_gradients():
+                self.materialize_state()
+                accept = self._acceptable()
+                if not (self._reads(accept) or self._is_due()) or bool(accept):
+                    self._accepted_step(accept)
+        finally:
+            self._forget_statistics()
+        return loss
+
+    def _accepted_step(self, accept: Tensor) -> None:
+        gradients, directions = {}, {}
+        for layer in self._layers():
+            pair = FactorPair(layer, self.state[layer.weight], self.defaults)
+            sums = self._statistics(layer)
+            if sums is not None:
+                pair.refresh(sums, self._loss_terms)
+            if layer.weight.grad is None or not pair.has_statistics:
+                continue
+            bias = None if layer.bias is None else layer.bias.grad
+            gradients[layer] = layer.join(layer.weight.grad, bias).to(pair.dtype)
+            directions[layer] = pair.precondition(gradients[layer])
+        scale = clip_scale(directions, gradients, self.param_groups[0]["lr"], self.defaults)
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        moved = {p for layer in directions for p in layer.parameters if p.grad is not None}
+        for layer, direction in directions.items():
+            self._apply_layer(layer, direction if scale is None else direction * scale.to(direction), group_of, accept)
+        for p, group in group_of.items():
+            if p.grad is not None and p not in moved:
+                self._apply_adam(p, group, accept)
+            if p.grad is not None:
+                self.state[p]["step"] += 1
+        self._count_step()
+
+    def _apply_layer(self, layer: Layer, direction: Tensor, group_of: dict, accept: Tensor) -> None:
+        """Momentum, length and the step of a layer; one whose direction overflowed stays, but for its decay."""
+        finite = direction.sum().isfinite() & accept.to(direction.device)
+        if self._reads(finite):
+            direction = direction if finite else torch.zeros_like(direction)
+        else:
+            direction = torch.where(finite, direction, 0)
+        factor = self.param_groups[0]["momentum"]  # OneCycleLR writes it there
+        updates = {}
+        for p, part in zip(layer.parameters, layer.split(direction), strict=True):
+            if p.grad is None:
+                continue
+            buffer = self.state[p].get("momentum")
+            if buffer is not None and not (self._reads(finite) and not finite):
+                moved = buffer * factor + part
+                buffer.copy_(torch.where(finite, moved, buffer))
+                part = torch.where(finite, moved, 0)
+            updates[p] = part
+        if self.defaults["scaling"] == "layer_rms":
+            norm = torch.stack([torch.linalg.vector_norm(part) for part in updates.values()]).norm()
+            length = self.defaults["rms"] * sum(part.numel() for part in updates.values()) ** 0.5
+            scale = torch.where(norm > 0, length / norm, 0)
+            updates = {p: part * scale for p, part in updates.items()}
+        for p, part in updates.items():
+            self._move(p, part, group_of[p], group_of[p]["lr"], accept)
+
+    def _apply_adam(self, p: Tensor, group: dict[str, Any], accept: Tensor) -> None:
+        state = self.state[p]
+        if "exp_avg" not in state:
+            logger.warning("A layer of shape %s has a gradient and never ran: AdamW optimizes it.", tuple(p.shape))
+            state.update(adam_state(p), adam_step=self._zero(p))
+        there = accept.to(p.device)
+        state["adam_step"] += 1
+        betas = {name: self.defaults[name] for name in ("beta1", "beta2", "eps")}
+        if self._reads(there):
+            update = adam_direction(state, p.grad, int(state["adam_step"]), **betas)
+        else:
+            kept = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
+            update = adam_direction(state, p.grad, int(state["adam_step"]), **betas)
+            for name, value in kept.items():
+                state[name].copy_(torch.where(there, state[name], value))
+            update = torch.where(there, update, 0)
+        self._move(p, update, group, group["lr"] * self._fallback_ratio(), accept)
+
+    def _move(self, p: Tensor, update: Tensor, group: dict[str, Any], lr: float, accept: Tensor) -> None:
+        if lr and group["weight_decay"]:
+            p.mul_(1 - lr * group["weight_decay"] * accept.to(p.device).double())
+        p.add_(update, alpha=-lr)

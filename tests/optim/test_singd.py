@@ -1,0 +1,217 @@
+"""SINGD against the paper's equations in float64, and the identities that follow from them."""
+
+import copy
+
+import pytest
+import torch
+from oracle_singd import DenseLayer, moments
+from torch import nn
+
+from hf_efcp.optim.singd import SINGD
+
+PLAIN = {"lr": 0.05, "T": 2, "lr_cov": 0.2, "damping": 0.1, "momentum": 0.9}
+
+
+class Deep(nn.Module):
+    """Two layers, the first with a bias."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 3, bias=False)
+        self.double()
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def batch(step, n=6, tokens=()):
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(n, *tokens, d, generator=generator, dtype=torch.float64) for d in (5, 3)]
+
+
+def loss_of(model, x, y):
+    return (model(x) - y).square().sum(-1).mean()
+
+
+def train(model, optimizer, steps, **sizes):
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, *batch(step, **sizes)).backward()
+        optimizer.step()
+
+
+def parameters(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("tokens", [(), (4,)], ids=["vectors", "tokens"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha1": 0.5},
+        {"alpha1": 0.0, "momentum": 0.0},
+        {"kfac_like": True},
+        {"normalize_lr_cov": True, "lr_cov": 0.8},
+        {"loss_average": None},
+        {"loss_average": "batch+sequence"},
+    ],
+    ids=str,
+)
+def test_ten_steps_are_the_papers(options, tokens):
+    options = {**PLAIN, "alpha1": 0.5, "loss_average": "batch", **options}
+    model = Deep()
+    twin = copy.deepcopy(model)
+    optimizer = SINGD(model, **options)
+    rules = {"damping": options["damping"], "alpha1": options["alpha1"], "momentum": options["momentum"]}
+    rules |= {"lr_cov": options["lr_cov"], "is_kfac": options.get("kfac_like", False)}
+    rules |= {"normalizes": options.get("normalize_lr_cov", False)}
+    layers = {twin.first: DenseLayer(6, 7, **rules), twin.second: DenseLayer(7, 3, **rules)}
+    for step in range(10):
+        x, y = batch(step, tokens=tokens)
+        n_loss = {"batch": len(x), "batch+sequence": x.shape[:-1].numel(), None: 1}[options["loss_average"]]
+        twin.zero_grad()
+        z = twin.first(x)
+        hidden = torch.tanh(z)
+        out = twin.second(hidden)
+        z.retain_grad()
+        out.retain_grad()
+        (out - y).square().sum(-1).mean().backward()
+        ones = torch.ones(*x.shape[:-1], 1, dtype=torch.float64)
+        rows = {twin.first: (torch.cat([x, ones], -1), z.grad), twin.second: (hidden.detach(), out.grad)}
+        for module, layer in layers.items():
+            if step % 2 == 0:
+                layer.update(*moments(*rows[module], n_loss))
+            grad = module.weight.grad
+            if module.bias is not None:
+                grad = torch.cat([grad, module.bias.grad[:, None]], 1)
+            move = layer.step(grad)
+            with torch.no_grad():
+                module.weight -= 0.05 * move[:, : module.weight.shape[1]]
+                if module.bias is not None:
+                    module.bias -= 0.05 * move[:, -1]
+        train(model, optimizer, [step], tokens=tokens)
+        torch.testing.assert_close(parameters(model), parameters(twin), rtol=1e-10, atol=1e-12)
+
+
+def fixed(kfac_like, updates=4000):
+    """A layer's factors after many updates with the same statistics, its U, V and damping."""
+    torch.manual_seed(1)
+    model = nn.Linear(4, 3, bias=False).double()
+    x, y = torch.randn(40, 4, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64)
+    optimizer = SINGD(model, lr=0.0, T=1, lr_cov=0.1, damping=0.1, alpha1=0.0, kfac_like=kfac_like)
+    for _ in range(updates // 10):
+        optimizer.zero_grad()
+        (model(x) - y).square().sum(-1).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        u, v = moments(x, 2 * (model(x) - y) / 40, 40)
+    state = optimizer.state[model.weight]
+    return state["input_factor"].view(4, 4), state["output_factor"].view(3, 3), u, v
+
+
+def test_ikfac_arrives_at_the_damped_inverse():
+    """`KKᵀ = (U + λI)⁻¹` and `CCᵀ = (V + λI)⁻¹`: K-FAC's preconditioner."""
+    k, c, u, v = fixed(kfac_like=True)
+    torch.testing.assert_close(k @ k.T, torch.linalg.inv(u + 0.1 * torch.eye(4)), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(c @ c.T, torch.linalg.inv(v + 0.1 * torch.eye(3)), rtol=1e-6, atol=1e-8)
+
+
+def test_ingd_arrives_at_its_fixed_point():
+    """`τ(CᵀVC) KᵀUK + λ τ(CᵀC) KᵀK = I`."""
+    k, c, u, v = fixed(kfac_like=False)
+    left = (c.T @ v @ c).trace() / 3 * (k.T @ u @ k) + 0.1 * (c.T @ c).trace() / 3 * (k.T @ k)
+    torch.testing.assert_close(left, torch.eye(4, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+def test_ikfacs_input_side_solves_least_squares():
+    """Where outputs are uncorrelated the curvature is `U ⊗ I`: `G KKᵀ` is the damped Newton step."""
+    k, _, u, _ = fixed(kfac_like=True)
+    gradient = torch.randn(3, 4, dtype=torch.float64)
+    exact = torch.linalg.solve(u + 0.1 * torch.eye(4, dtype=torch.float64), gradient.T).T
+    torch.testing.assert_close(gradient @ k @ k.T, exact, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("structures", ["block7diagonal", "block30diagonal", "hierarchical7_15"])
+def test_structures_no_smaller_than_the_layer_are_dense(structures):
+    model = Deep()
+    other = copy.deepcopy(model)
+    train(model, SINGD(model, **PLAIN), range(9))
+    train(other, SINGD(other, **PLAIN, structures=structures), range(9))
+    torch.testing.assert_close(parameters(other), parameters(model), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "structures", ["diagonal", "block3diagonal", "hierarchical2_2", "triltoeplitz", "triutoeplitz"]
+)
+@pytest.mark.parametrize("kfac_like", [False, True])
+def test_every_structure_learns_and_resumes(structures, kfac_like):
+    model = Deep()
+    options = {**PLAIN, "structures": (structures, "dense"), "kfac_like": kfac_like, "warm_start": True, "lr": 0.01}
+    optimizer = SINGD(model, **options)
+    x, y = batch(0, n=40)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(loss_of(model, x, y))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    twin = copy.deepcopy(model)
+    resumed = SINGD(twin, **options)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, range(5))
+    train(twin, resumed, range(5))
+    assert all(torch.equal(p, q) for p, q in zip(parameters(model), parameters(twin), strict=True))
+
+
+def test_warm_start_is_the_scale_of_the_fixed_point():
+    """`τ(CᵀVC)·τ(KᵀUK) + λτ(CᵀC)τ(KᵀK) = 1` from the first update on, where I would grow for hundreds."""
+    model = nn.Linear(4, 3, bias=False).double()
+    optimizer = SINGD(model, lr=0.0, damping=1e-3, warm_start=True)
+    x, y = batch(0)
+    ((model(x[:, :4]) - y) / 100).square().sum(-1).mean().backward()
+    u, v = moments(x[:, :4], 2e-4 * (model(x[:, :4]) - y).detach() / 6, 6)
+    optimizer.step()
+    k, c = optimizer.state[model.weight]["input_factor"][0], optimizer.state[model.weight]["output_factor"][0]
+    traces = u.trace() / 4 * v.trace() / 3
+    torch.testing.assert_close(k**2 * c**2 * (traces + 1e-3), torch.ones_like(k))
+
+
+def test_growth_is_bounded():
+    model = Deep()
+    optimizer = SINGD(model, **{**PLAIN, "lr": 0.0, "T": 1, "damping": 1e-6}, max_growth=1.5)
+    train(model, optimizer, range(60))
+    assert optimizer.metrics()["singd_growth"] == pytest.approx(1.5)
+
+
+def test_clips_shorten_the_preconditioned_gradient():
+    """And leave its direction: `max_update_norm` to that norm, `kl_clip` by ν with `(lr·ν)²⟨u, g⟩ = κ`."""
+    moves, products = {}, {}
+    for name, clip in {"none": {}, "norm": {"max_update_norm": 0.01}, "kl": {"kl_clip": 1e-5}}.items():
+        model = Deep()
+        before = torch.cat([p.flatten() for p in parameters(model)])
+        train(model, SINGD(model, **{**PLAIN, "momentum": 0.0}, **clip), [0])
+        moves[name] = (before - torch.cat([p.flatten() for p in parameters(model)])) / 0.05
+        products[name] = moves[name] @ torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(moves["norm"].norm().item(), 0.01)
+    shrunk = products["kl"] / products["none"]
+    torch.testing.assert_close((0.05 * shrunk) ** 2 * products["none"], torch.tensor(1e-5, dtype=torch.float64))
+    for clipped in (moves["norm"], moves["kl"]):
+        torch.testing.assert_close(clipped / clipped.norm(), moves["none"] / moves["none"].norm())
+
+
+def test_layer_rms_is_the_root_mean_square_of_a_layers_step():
+    model = Deep()
+    before = parameters(model)
+    train(model, SINGD(model, **PLAIN, scaling="layer_rms", rms=0.3), [0])
+    weight, bias, _ = (b - p for b, p in zip(before, parameters(model), strict=True))
+    torch.testing.assert_close(torch.cat([weight.flatten(), bias]).square().mean().sqrt().item(), 0.05 * 0.3)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_kept_metrics_are_the_factors_product(cached):
+    model, reference = Deep(), Deep()
+    train(model, SINGD(model, **PLAIN, cache_metrics=cached), range(5))
+    train(reference, SINGD(reference, **PLAIN), range(5))
+    torch.testing.assert_close(parameters(model), parameters(reference), rtol=1e-10, atol=1e-12)
