@@ -98,6 +98,7 @@ def test_shell(command, tmp_path):
     printed = re.findall(r"trained by (.*)", done.stdout)
     assert len(printed) == (2 if "nproc_per_node 2" in command else 1)
     assert all("'MFAC'" in line for line in printed)
+    assert ("optim_effective_rank" in done.stdout) == ("--metrics" in command)
     for name, value in re.findall(r"(window|density)=([0-9.]+)", command):
         assert f"'{name}': {value}" in printed[0]
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import trainer
 
 from hf_efcp import list_optimizers
 from hf_efcp.adamw_patch import adamw_replacement, patch_adamw
 from hf_efcp.optim import MFAC, get_spec
 from hf_efcp.run import main, parse
+from hf_efcp.train import EfcpMetricsCallback
 
 TRAINER_SCRIPT = """
 import os, torch, torch.distributed as dist
@@ -114,6 +116,16 @@ def test_a_script_sees_its_own_words(folder, capsys, monkeypatch):
     script.write_text("import sys, neighbour; print(sys.argv[1:], __name__)")
     main(["--trainer", "transformers", str(script), "--list", "-x", "--trainer"])
     assert capsys.readouterr().out.strip() == "['--list', '-x', '--trainer'] __main__"
+
+
+def test_every_trainer_of_a_script_is_asked_for_metrics(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", list(trainer.DEFAULT_CALLBACKS))
+    (folder / "scripts" / "nothing.py").write_text("")
+    for options, expected in (([], 0), (["--metrics"], 1)):
+        main(["--trainer", "transformers", *options, str(folder / "scripts" / "nothing.py")])
+        assert trainer.DEFAULT_CALLBACKS.count(EfcpMetricsCallback) == expected
 
 
 @pytest.fixture
