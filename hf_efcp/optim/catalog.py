@@ -29,6 +29,7 @@ _PUBLISHED_SHAMPOO = {
     "beta2_per_step": False,
     "sketch_update": "exact",
     "grafting": "rmsprop",
+    "momentum": 0.9,
 }
 
 _TOPK = ("density", "selection", "block_size")
@@ -119,7 +120,7 @@ register(
         cls=SketchyShampoo,
         summary="S-Shampoo: Shampoo with a frequent-directions sketch of each axis",
         paper=_SKETCHY,
-        defaults={"update_freq": 10, "sketch_update": "subspace"},
+        defaults={"rank": 32, "update_freq": 10, "sketch_update": "subspace"},
         presets={"paper": _PUBLISHED_SHAMPOO},
     )
 )

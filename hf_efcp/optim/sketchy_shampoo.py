@@ -44,7 +44,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         tail: `"rho"`, the bound, or `"trace"`, the mean eigenvalue of what is not kept.
         grafting: whose step's length a tensor takes: `"none"`, `"sgd"`, `"rmsprop"`, `"adafactor"` (little memory) or
             `"rms"`, a root mean square of 0.25.
-        momentum, nesterov: heavy ball after grafting.
+        momentum, nesterov: heavy ball after grafting; 0.9 makes steps ten times as long as AdamW's at the same rate.
         weight_decay: decoupled, as AdamW's.
         block_size: cut axes into blocks with sketches of their own; costs memory, unlike in Shampoo.
         max_dim: axes longer than this get no sketch.
@@ -75,8 +75,8 @@ class SketchyShampoo(ParameterwiseOptimizer):
         sketch_update: str = "exact",
         tail_decay: str = "linear",
         tail: str = "rho",
-        grafting: str = "rms",
-        momentum: float = 0.9,
+        grafting: str = "adafactor",
+        momentum: float = 0.0,
         nesterov: bool = True,
         weight_decay: float = 0.0,
         block_size: int | None = None,
