@@ -84,7 +84,7 @@ class MFAC(WindowOptimizer):
         compression: str = "topk",
         density: float = 0.01,
         selection: str = "block",
-        block_size: int = 1024,
+        block_size: int = 2048,
         rank: int = 4,
         system: str = "model",
         precondition: str = "gradient",
