@@ -118,16 +118,20 @@ def _memory(arguments: argparse.Namespace) -> str:
         raise ModuleNotFoundError("hf-efcp memory needs transformers: pip install 'hf-efcp[hf]'") from None
     from hf_efcp.memory import memory_text
 
-    transformers.logging.set_verbosity_error()
-    return memory_text(
-        arguments.model,
-        arguments.optim,
-        parse_optim_args(arguments.optim_args),
-        model_class=arguments.model_class,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        world_size=arguments.world_size,
-    )
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # what it has to say about a config is not what was asked
+    try:
+        return memory_text(
+            arguments.model,
+            arguments.optim,
+            parse_optim_args(arguments.optim_args),
+            model_class=arguments.model_class,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            world_size=arguments.world_size,
+        )
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def _plot(arguments: argparse.Namespace) -> str:

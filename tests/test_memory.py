@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoConfig, BertConfig, BertForSequenceClassification, 
 import hf_efcp.train  # noqa: F401  (registers the optimizers with Trainer)
 from hf_efcp.cli import main
 from hf_efcp.memory import footprint, memory_text, meta_model
-from hf_efcp.optim import MFAC
+from hf_efcp.optim import MFAC, registry
 from hf_efcp.optim.optim_args import parse_optim_args
 from hf_efcp.optim.registry import OptimizerSpec, create_optimizer, get_spec, list_optimizers
 
@@ -42,7 +43,7 @@ def folder(tmp_path_factory):
 
 def measured(model, name, options, device="cpu"):
     """Bytes of the storages that an optimizer holds after a step of real training."""
-    model = model.to(device)
+    model = model.to(device).train()
     optimizer = create_optimizer(name, model, lr=1e-3, **{o: value for o, value in options.items() if o != "lr"})
     model(input_ids=IDS.to(device), labels=torch.arange(4, device=device) % 2).loss.backward()
     optimizer.step()
@@ -107,7 +108,9 @@ def test_seven_billion_parameters_are_counted_without_allocating():
 
 
 def test_the_command_prints_the_count_beside_adamw(folder, capsys):
+    verbosity = transformers.logging.get_verbosity()
     assert main(["memory", str(folder), "--optim", "mfac", "--optim_args", "window=4"]) == 0
+    assert transformers.logging.get_verbosity() == verbosity
     text = capsys.readouterr().out
     count = footprint(meta_model(str(folder))[0], "mfac", {"window": 4})
     printed = {words[0]: words[1:] for words in map(str.split, text.splitlines()) if len(words) == 3}
@@ -177,11 +180,15 @@ def test_an_optimizer_that_knows_its_state_at_the_first_step_only_says_so(folder
         def materialize_state(self):
             raise NotImplementedError
 
-    monkeypatch.setitem(
-        __import__("hf_efcp.optim.registry", fromlist=["_SPECS"])._SPECS, "late", OptimizerSpec("late", Late, "", "")
-    )
+    monkeypatch.setitem(registry._SPECS, "late", OptimizerSpec("late", Late, "", ""))
     with pytest.raises(ValueError, match="`late` makes its state at its first step"):
         footprint(meta_model(str(folder))[0], "late", {})
+
+
+def test_without_transformers_the_pip_line_is_printed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["memory", "bert", "--optim", "mfac"]) == 2
+    assert "pip install 'hf-efcp[hf]'" in capsys.readouterr().err
 
 
 def test_a_model_with_nothing_to_train_is_refused(folder):
