@@ -77,8 +77,12 @@ class _Hook:
 
     def __init__(self, collector: Collector, layer: Layer):
         self.collector, self.layer = collector, layer
+        self._watch = torch.compiler.disable(self._watch_eagerly)  # a compiled model breaks its graph here
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self._watch(module, args, kwargs, output)
+
+    def _watch_eagerly(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled() and self.collector.is_due(self.layer)):
             return
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
