@@ -1,109 +1,199 @@
-"""Time of an S-M-FAC step beside the published one and AdamW, in one run.
+"""Time of S-M-FAC and S-GGT steps beside the published S-M-FAC step and AdamW, in one run.
 
     python scripts/bench_step.py                     # d = 1M as four 500×500, density 1 %, m = 32, 256, 1024
     python scripts/bench_step.py --window 256 --steps 40 --json out/bench_step.json
+    python scripts/bench_step.py --size 1e7 --window 256 --threads 1 2 --rivals adamw
+    python scripts/bench_step.py --sweep --json out/sweep.json --picture out/sweep.png
 
-Process time on one thread, warm, window full, medians; use the ratios. Memory is counted from the tensors that live
-between steps.
+Warm, window full, medians; use the ratios. One thread: process time, which a busy machine disturbs least. Several:
+time on the wall. Memory is counted from the tensors that live between steps. `--sweep` measures against d at m = 32,
+to 100M as memory allows, and against m from 8 to 2048 at d = 1M.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from published_mfac import PublishedMFAC
 
-from hf_efcp.optim import MFAC
+from hf_efcp.ops import backend
+from hf_efcp.optim import GGT, MFAC
+
+BACKENDS = ("torch", "numba") if importlib.util.find_spec("numba") else ("torch",)
+BLOCK_SIZE = 4096
+HEADER = "| d | m | optimizer | backend | threads | ms | × published | bytes per parameter |"
 
 
-def make_params(generator: torch.Generator, side: int = 500, count: int = 4) -> list[torch.nn.Parameter]:
-    params = [torch.nn.Parameter(torch.randn(side, side, generator=generator) * 0.02) for _ in range(count)]
+def run_on(name: str) -> None:
+    os.environ[backend.VARIABLE] = name
+    backend.cpu_backend.cache_clear()
+
+
+def make_params(size: int, generator: torch.Generator) -> list[torch.nn.Parameter]:
+    side = round((size / 4) ** 0.5)
+    params = [torch.nn.Parameter(torch.randn(side, side, generator=generator) * 0.02) for _ in range(4)]
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator) * 0.01
     return params
 
 
-def milliseconds(optimizer: object, params: list[torch.nn.Parameter], steps: int) -> float:
-    """Median process time of a step; gradients change between steps, outside the clock."""
+def milliseconds(optimizer: Any, params: list[torch.nn.Parameter], steps: int, clock: Callable[[], float]) -> float:
+    """Median time of a step; gradients change between steps, outside the clock."""
     times = []
     for number in range(steps + 2):
         for p in params:
             p.grad = p.grad.roll(12345).mul_(0.9).add_(p.grad, alpha=0.1)
-        start = time.process_time()
+        start = clock()
         optimizer.step()
         if number >= 2:
-            times.append(time.process_time() - start)
+            times.append(clock() - start)
     return statistics.median(times) * 1e3
 
 
-def fill(optimizer: MFAC, params: list[torch.nn.Parameter], window: int, generator: torch.Generator) -> None:
-    for _ in range(window):
+def fill(optimizer: MFAC | GGT, params: list[torch.nn.Parameter], generator: torch.Generator) -> None:
+    for _ in range(optimizer.defaults["window"]):
         for p in params:
             p.grad.normal_(generator=generator).mul_(0.01)
         optimizer.step()
 
 
-def measure(window: int, steps: int, density: float) -> list[dict[str, object]]:
+def ours(params: list[torch.nn.Parameter], window: int, density: float, variants: bool) -> Iterator[tuple[str, Any]]:
+    """The optimizers of this package that are measured, with a name, their windows empty."""
+    common = {"window": window, "density": density, "block_size": BLOCK_SIZE, "momentum": 0.0, "lr": 1e-6}
+    published_rule = {"precondition": "compressed", "scaling": "none"}
+    absolute = {"damping": 1e-4, "damping_mode": "absolute"}
+    yield "S-M-FAC", MFAC(params, **common, **absolute, **published_rule)
+    if variants:
+        yield "S-M-FAC bfloat16", MFAC(params, **common, **absolute, **published_rule, value_dtype="bfloat16")
+        yield (
+            "S-M-FAC on the dense gradient",
+            MFAC(params, **common, **absolute, precondition="gradient", scaling="rms"),
+        )
+        common["window"] = 100
+        yield "S-GGT", GGT(params, **common, **published_rule)
+
+
+def measure(size: int, window: int, args: argparse.Namespace, variants: bool) -> Iterator[dict[str, Any]]:
+    """Rows of the table for one size and window: the rivals first, then this package on each backend."""
     generator = torch.Generator().manual_seed(0)
-    params = make_params(generator)
+    params = make_params(size, generator)
     size = sum(p.numel() for p in params)
-    rows = []
+    clock = time.process_time if args.threads == [1] else time.perf_counter
+    published_ms: dict[int, float] = {}
 
-    def add(name: str, optimizer: object, state_bytes: int) -> None:
-        rows.append({"optimizer": name, "window": window, "ms": milliseconds(optimizer, params, steps)})
-        rows[-1]["bytes_per_parameter"] = state_bytes / size
+    def rows(name: str, optimizer: Any, state_bytes: int, on: str = "") -> Iterator[dict[str, Any]]:
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            ms = milliseconds(optimizer, params, args.steps, clock)
+            if name == "published step":
+                published_ms[threads] = ms
+            yield {
+                "size": size,
+                "window": window,
+                "optimizer": name,
+                "backend": on,
+                "threads": threads,
+                "ms": ms,
+                "speed_up": published_ms[threads] / ms if threads in published_ms else None,
+                "bytes_per_parameter": state_bytes / size,
+            }
 
-    published = PublishedMFAC(params, 1e-6, window=window, damping=1e-4, density=density)
-    published.fill(generator)
-    add("published step", published, published.state_bytes())
-    common = {"window": window, "density": density, "damping": 1e-4, "damping_mode": "absolute", "momentum": 0.0}
-    for name, options in {
-        "S-M-FAC float32": {"precondition": "compressed", "scaling": "none"},
-        "S-M-FAC bfloat16": {"precondition": "compressed", "scaling": "none", "value_dtype": "bfloat16"},
-        "S-M-FAC on the dense gradient": {"precondition": "gradient", "scaling": "rms"},
-    }.items():
-        ours = MFAC(params, 1e-6, **common, **options)
-        fill(ours, params, window, generator)
-        add(name, ours, ours.state_bytes())
-    adamw = torch.optim.AdamW(params, lr=1e-6, foreach=True)
-    add("AdamW foreach", adamw, 8 * size)
-    for row in rows:
-        row["speed_up"] = rows[0]["ms"] / row["ms"]
-    return rows
+    torch.set_num_threads(max(args.threads))
+    if "published" in args.rivals:
+        published = PublishedMFAC(params, 1e-6, window=window, damping=1e-4, density=args.density)
+        published.fill(generator)
+        yield from rows("published step", published, published.state_bytes())
+        del published
+    if "adamw" in args.rivals:
+        yield from rows("AdamW foreach", torch.optim.AdamW(params, lr=1e-6, foreach=True), 8 * size)
+    for name, optimizer in ours(params, window, args.density, variants):
+        run_on(BACKENDS[-1])
+        torch.set_num_threads(max(args.threads))
+        fill(optimizer, params, generator)
+        for on in BACKENDS:
+            run_on(on)
+            for row in rows(name, optimizer, optimizer.state_bytes(), on):
+                yield {**row, "window": optimizer.defaults["window"]}
+
+
+def line(row: dict[str, Any]) -> str:
+    ratio = "" if row["speed_up"] is None or row["optimizer"] == "S-GGT" else f"{row['speed_up']:.1f}"
+    return (
+        f"| {row['size']:,} | {row['window']} | {row['optimizer']} | {row['backend']} | {row['threads']} "
+        f"| {row['ms']:.2f} | {ratio} | {row['bytes_per_parameter']:.1f} |"
+    )
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time against d and against m, one line an optimizer and backend."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    panels = (("size", "window", 32, "parameters d"), ("window", "size", 1_000_000, "window m"))
+    for ax, (x, fixed, value, label) in zip(axes, panels, strict=True):
+        part = [row for row in rows if row[fixed] == value]
+        for name, on in dict.fromkeys((row["optimizer"], row["backend"]) for row in part):
+            points = {row[x]: row["ms"] for row in part if (row["optimizer"], row["backend"]) == (name, on)}
+            ax.plot(sorted(points), [points[at] for at in sorted(points)], "o-", label=f"{name} {on}".strip())
+        ax.set(xscale="log", yscale="log", xlabel=label, title=f"{fixed} {value:,}")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("ms per step")
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
+    """Sizes and windows."""
+    if not args.sweep:
+        yield from ((int(args.size), window) for window in args.window)
+        return
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    sizes = [size for size in (10**5, 10**6, 10**7, 10**8) if 60 * size < available]
+    yield from ((size, 32) for size in sizes)
+    yield from ((10**6, window) for window in (8, 128, 512, 2048))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=float, default=1e6, help="parameters d")
     parser.add_argument("--window", type=int, nargs="+", default=[32, 256, 1024])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--density", type=float, default=0.01)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--rivals", nargs="*", choices=["published", "adamw"], default=["published", "adamw"])
+    parser.add_argument("--sweep", action="store_true", help="cost against d and against m")
     parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--picture", type=Path, help="with --sweep: draw there")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    print(f"torch {torch.__version__}, 1 thread, d = 1,000,000, density {args.density:g}, {commit.stdout.strip()}\n")
-    print("| m | optimizer | ms | × published | bytes per parameter |\n|---|---|---|---|---|")
+    print(f"torch {torch.__version__}, density {args.density:g}, blocks of {BLOCK_SIZE}, {commit.stdout.strip()}\n")
+    print(HEADER, "|---|---|---|---|---|---|---|---|", sep="\n")
     rows = []
-    for window in args.window:
-        for row in measure(window, args.steps, args.density):
+    for size, window in cases(args):
+        for row in measure(size, window, args, variants=not args.sweep):
             rows.append(row)
-            print(
-                f"| {window} | {row['optimizer']} | {row['ms']:.2f} | {row['speed_up']:.1f} | "
-                f"{row['bytes_per_parameter']:.1f} |",
-                flush=True,
-            )
+            print(line(row), flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"commit": commit.stdout.strip(), "rows": rows}, indent=1))
+    if args.picture:
+        draw(rows, args.picture)
 
 
 if __name__ == "__main__":

@@ -36,19 +36,20 @@ def on_backend(function: Function) -> Function:
 
 
 def backend_of(tensor: Tensor) -> ModuleType:
-    """The module whose functions take this tensor.
+    """The module whose functions take this tensor."""
+    if tensor.device.type != "cpu" or type(tensor) is not Tensor:  # a subclass may have no memory to compute on
+        return torch_ops
+    return cpu_backend()
+
+
+@functools.cache
+def cpu_backend() -> ModuleType:
+    """The module for tensors on the CPU, chosen once; `cpu_backend.cache_clear()` makes it choose again.
 
     Raises:
         ValueError: `HF_EFCP_BACKEND` names no backend.
         ImportError: it asks for numba, which cannot be imported.
     """
-    if tensor.device.type != "cpu" or type(tensor) is not Tensor:  # a subclass may have no memory to compute on
-        return torch_ops
-    return _cpu_backend()
-
-
-@functools.cache
-def _cpu_backend() -> ModuleType:
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in _ALLOWED:
         raise ValueError(f"`{VARIABLE}` must be one of {', '.join(map(repr, _ALLOWED))}, got {wanted!r}.")

@@ -20,11 +20,11 @@ def chosen(monkeypatch):
             monkeypatch.delenv(backend.VARIABLE, raising=False)
         else:
             monkeypatch.setenv(backend.VARIABLE, value)
-        backend._cpu_backend.cache_clear()
+        backend.cpu_backend.cache_clear()
         return backend.backend_of(torch.zeros(1) if tensor is None else tensor)
 
     yield choose
-    backend._cpu_backend.cache_clear()
+    backend.cpu_backend.cache_clear()
 
 
 @pytest.fixture
