@@ -60,9 +60,12 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     def build(self, model: nn.Module, lr: float = 0.01, **changes: Any) -> Optimizer:
-        """Over a model's two groups, or over the model itself where the optimizer needs it."""
-        target = model if self.needs_model else decay_groups(model)
-        return create_optimizer(self.name, target, lr=lr, **{**self.options, **changes})
+        """Over a model's two groups; also over the model itself where the optimizer needs it, as Trainer does."""
+        options = {**self.options, **changes}
+        if self.needs_model:
+            spec = get_spec(self.name)
+            return spec.cls(model, params=decay_groups(model), **{"lr": lr, **spec.resolve(options)})
+        return create_optimizer(self.name, decay_groups(model), lr=lr, **options)
 
     def build_plain(self, target: nn.Module | list[Tensor], lr: float = 0.01, **changes: Any) -> Optimizer:
         """Over a model's or the given parameters in one group."""

@@ -3,7 +3,17 @@
 from hf_efcp.optim.catalog import create_optimizer, get_spec, list_optimizers
 from hf_efcp.optim.ggt import GGT
 from hf_efcp.optim.mfac import MFAC
+from hf_efcp.optim.singd import SINGD
 from hf_efcp.optim.sketchy_adagrad import SketchyAdaGrad
 from hf_efcp.optim.sketchy_shampoo import SketchyShampoo
 
-__all__ = ["GGT", "MFAC", "SketchyAdaGrad", "SketchyShampoo", "create_optimizer", "get_spec", "list_optimizers"]
+__all__ = [
+    "GGT",
+    "MFAC",
+    "SINGD",
+    "SketchyAdaGrad",
+    "SketchyShampoo",
+    "create_optimizer",
+    "get_spec",
+    "list_optimizers",
+]

@@ -36,6 +36,9 @@ class EfcpCallback(TrainerCallback):
         if optimizer is None:
             return
         self._skipped = optimizer.skipped_steps
+        scaler = getattr(kwargs["optimizer"], "scaler", None)  # accelerate's, in fp16
+        if scaler is not None and hasattr(optimizer, "use_scaler"):
+            optimizer.use_scaler(scaler)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags([TAG, optimizer_name(args, optimizer)])
 

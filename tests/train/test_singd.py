@@ -1,0 +1,85 @@
+"""SINGD under transformers' own Trainer: groups, accumulation, fp16, resume."""
+
+import copy
+
+import torch
+from transformers import Trainer
+
+import hf_efcp.train  # noqa: F401 registers the optimizers
+from hf_efcp.optim.singd import SINGD
+
+ARGS = {"optim": "efcp_singd", "optim_args": "T=2,structures=dense+hierarchical2_2", "weight_decay": 0.1}
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_trainer_builds_it_over_the_model_with_its_groups(tiny_bert, arguments):
+    optimizer = Trainer(tiny_bert(), arguments(**ARGS)).create_optimizer()
+    assert type(optimizer) is SINGD
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert optimizer.param_groups[0]["structures"] == "dense+hierarchical2_2"
+    layer = optimizer.explain_parameters()["bert.encoder.layer.0.attention.self.query.bias"]
+    assert layer.startswith("SINGD")
+
+
+def test_every_parameter_is_trained(tiny_bert, texts, arguments):
+    model = tiny_bert()
+    before = weights(model)
+    Trainer(model, arguments(**ARGS), train_dataset=texts).train()
+    assert {name for name, value in weights(model).items() if torch.equal(value, before[name])} == set()
+
+
+def test_resume_from_a_checkpoint_is_bit_for_bit(tiny_bert, texts, arguments, tmp_path):
+    whole, halted = tiny_bert(), tiny_bert()
+    saving = {**ARGS, "save_strategy": "steps", "save_steps": 4}
+    Trainer(whole, arguments(**saving), train_dataset=texts).train()
+    resumed = Trainer(halted, arguments(**saving), train_dataset=texts)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(halted)[name]), name
+
+
+def test_accumulation_is_a_larger_batch(tiny_bert, texts, arguments):
+    """Without dropout, and T = 1 so that every step's statistics are sums over two micro-batches."""
+    ends = []
+    for size, accumulated in ((8, 1), (4, 2)):
+        model = tiny_bert()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated, "max_steps": 2}
+        args = arguments(**{**ARGS, "optim_args": "T=1"}, **changes)
+        Trainer(model, args, train_dataset=texts).train()
+        ends.append(weights(model))
+    for name in ends[0]:  # AdamW divides rounding by rounding where an embedding's gradient vanishes
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-3, atol=2e-4)
+
+
+def test_scaled_loss_gives_the_unscaled_run(tiny_bert, texts, arguments):
+    """The callback tells the optimizer the scaler. Trainer itself drops `fp16` on the CPU, so nothing is clipped here."""
+    ends = []
+    for scaled in (False, True):
+        model = tiny_bert()
+        trainer = Trainer(model, arguments(**ARGS, max_grad_norm=0.0), train_dataset=texts)
+        trainer.accelerator.native_amp = True  # autocast of the CPU: bfloat16, in both runs
+        if scaled:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        trainer.train()
+        if scaled:
+            assert trainer.optimizer.optimizer._scaler is trainer.accelerator.scaler
+        ends.append(weights(model))
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_copy_of_the_model_trains_alone(tiny_bert, texts, arguments):
+    model = tiny_bert()
+    trainer = Trainer(model, arguments(**ARGS), train_dataset=texts)
+    trainer.train()
+    twin = copy.deepcopy(model)
+    twin(input_ids=texts[0]["input_ids"][None], labels=torch.tensor([1])).loss.backward()
+    assert all(
+        trainer.optimizer.optimizer._statistics(layer) is None for layer in trainer.optimizer.optimizer._layers()
+    )
