@@ -58,7 +58,7 @@ def test_accumulation_is_a_larger_batch(tiny_bert, texts, arguments):
 
 
 def test_scaled_loss_gives_the_unscaled_run(tiny_bert, texts, arguments):
-    """The callback tells the optimizer the scaler. Trainer itself drops `fp16` on the CPU, so nothing is clipped here."""
+    """The callback tells the optimizer the scaler. Trainer drops `fp16` on the CPU: nothing is clipped here."""
     ends = []
     for scaled in (False, True):
         model = tiny_bert()
