@@ -40,7 +40,7 @@ class Window(Protocol):
         """`G x` for a (size,) float32 vector: (S, m) float64."""
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
-        """Write `Gᵀ coefficients` to `out`, (size,) float32, for (S, m) coefficients."""
+        """Write `Gᵀ coefficients` to `out`, (size,) float32, for (S, m) coefficients; summed in their dtype."""
 
     def views(self) -> list[dict[str, Tensor]]:
         """What lives between steps: for each parameter its tensors, views of the buffers, by name."""
@@ -90,10 +90,10 @@ class DenseWindow:
         return total
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
-        for weights, span in zip(coefficients.float(), self._spans, strict=True):
+        for weights, span in zip(coefficients, self._spans, strict=True):
             pieces = zip(self.values[:, span].split(self._piece, dim=1), out[span].split(self._piece), strict=True)
             for values, piece in pieces:
-                torch.mv(values.T.float(), weights, out=piece)
+                piece.copy_(values.T.to(weights.dtype) @ weights)
 
     def views(self) -> list[dict[str, Tensor]]:
         return [{"values": self.values[:, r.start : r.stop]} for r in self.layout.ranges]
@@ -179,9 +179,12 @@ class BlockTopKWindow:
         return torch.stack([ops.window_dots(indices, values, x[s], scales) for s, indices, values, scales in parts])
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
-        blocks = self._blocks(out.zero_())
+        sums = out.zero_() if coefficients.dtype is torch.float32 else torch.zeros_like(out, dtype=torch.float64)
+        blocks = self._blocks(sums)
         for weights, (span, indices, values, scales) in zip(coefficients, self._parts(), strict=True):
             ops.window_combine_(blocks[span], indices, values, weights, scales)
+        if sums is not out:
+            out.copy_(sums)
 
     def residuals(self) -> list[Tensor]:
         """What earlier pushes left out: for each parameter float32 or bfloat16 in its shape."""
@@ -254,9 +257,10 @@ class GlobalTopKWindow:
         return torch.stack(dots)[None]
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
-        out.zero_()
-        for indices, values, weight in zip(self.indices, self.values, coefficients[0].float(), strict=True):
-            out.index_add_(0, indices, values.float() * weight)
+        sums = torch.zeros_like(out, dtype=coefficients.dtype)
+        for indices, values, weight in zip(self.indices, self.values, coefficients[0], strict=True):
+            sums.index_add_(0, indices, values.to(sums.dtype) * weight)
+        out.copy_(sums)
 
     def views(self) -> list[dict[str, Tensor]]:
         return [{"residual": residual} for residual in self.layout.split(self.residual)]
