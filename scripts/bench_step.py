@@ -72,17 +72,17 @@ def fill(optimizer: MFAC | GGT, params: list[torch.nn.Parameter], generator: tor
 def ours(params: list[torch.nn.Parameter], window: int, density: float, variants: bool) -> Iterator[tuple[str, Any]]:
     """The optimizers of this package that are measured, with a name, their windows empty."""
     common = {"window": window, "density": density, "block_size": BLOCK_SIZE, "momentum": 0.0, "lr": 1e-6}
-    published_rule = {"precondition": "compressed", "scaling": "none"}
     absolute = {"damping": 1e-4, "damping_mode": "absolute"}
-    yield "S-M-FAC", MFAC(params, **common, **absolute, **published_rule)
+    rule = {"precondition": "compressed", "scaling": "none", "value_dtype": "float32", "residual_dtype": "float32"}
+    yield "S-M-FAC", MFAC(params, **common, **absolute, **rule)
     if variants:
-        yield "S-M-FAC bfloat16", MFAC(params, **common, **absolute, **published_rule, value_dtype="bfloat16")
-        yield (
-            "S-M-FAC on the dense gradient",
-            MFAC(params, **common, **absolute, precondition="gradient", scaling="rms"),
-        )
+        bfloat16 = {**rule, "value_dtype": "bfloat16", "residual_dtype": "bfloat16"}
+        yield "S-M-FAC bfloat16", MFAC(params, **common, **absolute, **bfloat16)
+        dense = {**rule, "precondition": "gradient", "scaling": "rms"}
+        yield "S-M-FAC on the dense gradient", MFAC(params, **common, **absolute, **dense)
+    if variants and window == 32:  # once
         common["window"] = 100
-        yield "S-GGT", GGT(params, **common, **published_rule)
+        yield "S-GGT", GGT(params, **common, **rule)
 
 
 def measure(size: int, window: int, args: argparse.Namespace, variants: bool) -> Iterator[dict[str, Any]]:
