@@ -14,6 +14,7 @@ from contract import (
     without_count,
 )  # fmt: skip
 
+from hf_efcp.optim import window
 from hf_efcp.optim.window import WindowOptimizer
 
 BAD = [float("nan"), float("inf"), -float("inf")]
@@ -53,7 +54,11 @@ def test_gradient_that_is_not_finite_is_left_out_and_counted(case, at, value):
 
 @each_case
 def test_masks_do_what_branches_do(case, monkeypatch):
-    """On a GPU no host reads a flag: steps at lr 0, with NaN, and all zero must come out the same."""
+    """On a GPU no host reads a flag: steps at lr 0, with NaN, and all zero must come out the same.
+
+    Sums in float64, which only a host that may look chooses, are left out.
+    """
+    monkeypatch.setattr(window, "cancellation", lambda gram, coefficients: coefficients.new_zeros(()))
     if not hasattr(case.build(tiny_model()), "_reads_flags"):
         pytest.skip("this optimizer has one path")
 
