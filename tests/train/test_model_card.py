@@ -45,7 +45,7 @@ def trainer(tmp_path_factory):
         train_dataset=rows[:96],
         eval_dataset=rows[96:],
         compute_metrics=accuracy,
-        optimizer_cls_and_kwargs=(MFAC, {"lr": args.learning_rate, **OPTIONS}),
+        optimizer_cls_and_kwargs=(MFAC, {"lr": args.learning_rate, **get_spec("efcp_mfac").resolve(OPTIONS)}),
     )
     trainer.train()
     return trainer
