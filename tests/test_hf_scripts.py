@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ SCRIPTS = {
     "run_ner": (
         "token-classification/run_ner.py", "bert",
         ["--dataset_name", DATA / "wnut17", "--max_train_samples", 320, "--max_eval_samples", 32, "--max_steps", 20],
-        "eval_accuracy", 1.0,
+        "eval_accuracy", 1.3,
     ),
 }  # fmt: skip
 
@@ -118,6 +119,8 @@ def launch(tmp_path):
         questions.select_columns(["text", "label"]).to_json(tmp_path / f"{split}.json")
 
     def run(*words, before=(sys.executable,)):
+        if any("image-classification" in str(word) for word in words) and not find_spec("torchvision"):
+            pytest.skip("the image scripts import torchvision, which is not installed")
         environment = {
             **os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"),
             "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join([str(HERE / "cpu_torchvision"), *sys.path]),
