@@ -14,7 +14,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from hf_efcp import list_optimizers
 from hf_efcp.cli import main
+from hf_efcp.memory import footprint, meta_model
+from hf_efcp.train.callbacks import own_optimizer
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -76,8 +79,8 @@ def test_python(code, tmp_path, monkeypatch, capsys):
     data = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": 0} for row in ids]
     names = {"model": model, "train_dataset": data}
     exec(compile(code, str(README), "exec"), names)
-    optimizer = names["optimizer"] if "optimizer" in names else names["trainer"].optimizer.optimizer
-    assert optimizer.state_bytes() > 0
+    optimizer = names["optimizer"] if "optimizer" in names else names["trainer"].optimizer
+    assert own_optimizer(optimizer).state_bytes() > 0
     if "mse_loss" in code:
         assert names["loss"].item() < 0.5 * names["targets"].var().item()
 
@@ -101,6 +104,23 @@ def test_shell(command, tmp_path):
     assert ("optim_effective_rank" in done.stdout) == ("--metrics" in command)
     for name, value in re.findall(r"(window|density)=([0-9.]+)", command):
         assert f"'{name}': {value}" in printed[0]
+
+
+MEMORY = re.findall(r"^\| (`.*?`) \| ([0-9.]+) \| (\d+) \|$", TEXT, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("names", "per_parameter", "megabytes"), MEMORY, ids=[row[0] for row in MEMORY])
+def test_table_of_memory(names, per_parameter, megabytes):
+    """Each figure is what `hf-efcp memory bert` counts today."""
+    model, _ = meta_model("bert")
+    for name in names.replace("`", "").split(", "):
+        counted = footprint(model, name, {})
+        assert (f"{counted.state / counted.n_trained:.2f}", f"{counted.state / 1e6:.0f}") == (per_parameter, megabytes)
+
+
+def test_table_of_memory_has_every_optimizer():
+    counted = {name for row in MEMORY for name in row[0].replace("`", "").split(", ")}
+    assert counted >= {*list_optimizers()} - {"MFAC"}  # `mfac` by another name
 
 
 @pytest.mark.parametrize("block", runnable("console"), ids=lambda block: block.split("\n")[0])
