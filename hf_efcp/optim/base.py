@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -121,6 +121,33 @@ class EfcpOptimizer(Optimizer):
         for name in sorted(self.defaults.keys() - {"lr", "weight_decay"}):
             if saved[name] != self.defaults[name]:
                 logger.warning("`%s` is %r in the saved state; it replaces %r.", name, saved[name], self.defaults[name])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what `closure` returns. A step whose gradients are not finite is left out."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._has_gradients():
+            self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
+        """What a step does where there is a gradient."""
+        raise NotImplementedError
+
+    def _has_gradients(self) -> bool:
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        if any(gradient.is_sparse for gradient in gradients):
+            raise NotImplementedError(
+                f"{type(self).__name__} needs dense gradients; build the embedding with sparse=False."
+            )
+        return bool(gradients)
+
+    def _reads(self, flag: Tensor) -> bool:
+        """Whether the host may branch on a flag of the device: elsewhere it would wait, and masks do the work."""
+        return flag.device.type == "cpu"
 
     def materialize_state(self) -> None:
         """Make the state that the first step would make. On the meta device it takes no memory, but counts."""

@@ -41,13 +41,15 @@ class ParameterwiseOptimizer(EfcpOptimizer):
             _fill(state, self.state.get(parameter, {}))
             self.state[parameter] = state
 
-    def _has_gradients(self) -> bool:
-        params = [p for p in self._parameters() if p.grad is not None]
-        if any(p.grad.is_sparse for p in params):
-            raise NotImplementedError(
-                f"{type(self).__name__} needs dense gradients; build the embedding with sparse=False."
-            )
-        return bool(params)
+    def _take_step(self) -> None:
+        self.materialize_state()
+        accept = self._acceptable()
+        if not self._reads(accept) or accept:
+            self._accepted_step(accept)
+
+    def _accepted_step(self, accept: Tensor) -> None:
+        """The step, of which nothing remains where the host has not seen that `accept`, () bool, is false."""
+        raise NotImplementedError
 
     def _acceptable(self) -> Tensor:
         """() bool: the gradients are finite, and are not the zeros by which checkpointing materialises state."""
@@ -59,10 +61,6 @@ class ParameterwiseOptimizer(EfcpOptimizer):
         if any(group["lr"] for group in self.param_groups):
             return finite
         return finite & torch.stack([g.any().to(first.device) for g in gradients]).any()
-
-    def _reads(self, flag: Tensor) -> bool:
-        """Whether the host may branch on a flag of the device: elsewhere it would wait, and masks do the work."""
-        return flag.device.type == "cpu"
 
 
 def _counting_device(device: torch.device) -> torch.device:

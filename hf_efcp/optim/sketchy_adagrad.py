@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -97,26 +97,13 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
             "tail": torch.full((), self.defaults["delta"], **scalar),
         }
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` returns. A step whose gradients are not finite is left out."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self._has_gradients():
-            return loss
-        self.materialize_state()
-        accept = self._acceptable()
-        if self._reads(accept) and not accept:
-            return loss
+    def _accepted_step(self, accept: Tensor) -> None:
         groups = {p: group for group in self.param_groups for p in group["params"]}
         params = [p for p in self._parameters() if p.grad is not None and p.numel()]
         systems = [params] if self.defaults["system"] == "model" else [[p] for p in params]
         for system in systems:
             if system:
                 self._step_system(system, groups, accept)
-        return loss
 
     def _step_system(self, params: list[Tensor], groups: dict[Tensor, dict[str, Any]], accept: Tensor) -> None:
         """Sketch, step and projection of the parameters of one sketch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -101,19 +101,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
             state["momentum"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
         return state
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` returns. A step whose gradients are not finite is left out."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self._has_gradients():
-            return loss
-        self.materialize_state()
-        accept = self._acceptable()
-        if self._reads(accept) and not accept:
-            return loss
+    def _accepted_step(self, accept: Tensor) -> None:
         group_of = {p: group for group in self.param_groups for p in group["params"]}
         for params in self._batches():
             there = accept.to(params[0].device)
@@ -122,7 +110,6 @@ class SketchyShampoo(ParameterwiseOptimizer):
             for p, gradient, direction in zip(params, gradients, directions, strict=True):
                 self._apply(p, self._length(p, gradient, direction, there), group_of[p], there)
                 self.state[p]["step"] += 1
-        return loss
 
     def _batches(self) -> list[list[Tensor]]:
         """Parameters with a gradient, those of equal shape together where that saves launches."""

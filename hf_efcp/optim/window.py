@@ -139,15 +139,7 @@ class WindowOptimizer(EfcpOptimizer):
             self._adopt_state()
         return self._segments
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` returns. A step whose gradients are not finite is left out."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self._has_gradients():
-            return loss
+    def _take_step(self) -> None:
         segments = self._current_segments()
         shared = self.state[self._parameters()[0]]
         gradients = [segment.flat_gradient() for segment in segments]
@@ -155,7 +147,7 @@ class WindowOptimizer(EfcpOptimizer):
         if self.record_metrics:
             self._recorded = Recorded(gradients, accept.device)
         if self._rejects(accept):
-            return loss
+            return
         updates = self._precondition(segments, shared, self._zero_unless_(accept, gradients), accept)
         if self.record_metrics:
             self._recorded.precondition(updates)
@@ -166,32 +158,15 @@ class WindowOptimizer(EfcpOptimizer):
             if self.record_metrics:
                 self._recorded.update(updates)
             apply_(self.param_groups, updates, segments, accept)
-        return loss
-
-    def _reads_flags(self, device: torch.device) -> bool:
-        """Whether the host may branch on a flag of the device: elsewhere it would wait, and masks do the work."""
-        return device.type == "cpu"
 
     def _rejects(self, accept: Tensor) -> bool:
-        return self._reads_flags(accept.device) and not accept
+        return self._reads(accept) and not accept
 
     def _zero_unless_(self, accept: Tensor, vectors: list[Tensor]) -> list[Tensor]:
-        if not self._reads_flags(accept.device):
+        if not self._reads(accept):
             for vector in vectors:  # a NaN that is multiplied away stays NaN; it must be replaced
                 torch.where(accept.to(vector.device), vector, vector.new_zeros(()), out=vector)
         return vectors
-
-    def _has_gradients(self) -> bool:
-        found = False
-        for parameter in self._parameters():
-            if parameter.grad is None:
-                continue
-            found = True
-            if parameter.grad.is_sparse:
-                raise NotImplementedError(
-                    f"{type(self).__name__} needs dense gradients; build the embedding with sparse=False."
-                )
-        return found
 
     def _acceptable(self, gradients: list[Tensor], shared: dict[str, Tensor]) -> Tensor:
         """() bool: the gradients are finite, and are not the zeros by which checkpointing materialises state."""
@@ -224,7 +199,7 @@ class WindowOptimizer(EfcpOptimizer):
             dots = segments.gather([s.window.dots(x) for s, x in zip(segments, targets, strict=True)], device)
         coefficients, weight = self._solve(shared, gram, row, dots)
         # Beyond 50, a sum in float32 would lose 1e-5 of the update; elsewhere than on the CPU the host cannot look.
-        if not (self._reads_flags(device) and (cancellation(gram, coefficients) > 50).any()):
+        if not (self._reads(accept) and (cancellation(gram, coefficients) > 50).any()):
             coefficients = coefficients.float()
         for segment, update, part in zip(segments, scratch, segments.scatter(coefficients), strict=True):
             segment.window.combine(part, update)
