@@ -7,7 +7,8 @@ import io
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hf_efcp.optim.options import Option
@@ -109,18 +110,22 @@ def _wrapped(text: str, first: str = "", rest: str = "    ") -> list[str]:
     )
 
 
+def _explain(arguments: argparse.Namespace) -> str:
+    if arguments.model is None:
+        return explain_text(arguments.name)
+    with _quiet_transformers("explain --model"):
+        from hf_efcp.optim.optim_args import parse_optim_args
+        from hf_efcp.treatment import treatment_text
+
+        options = parse_optim_args(arguments.optim_args)
+        return treatment_text(arguments.model, arguments.name, options, model_class=arguments.model_class)
+
+
 def _memory(arguments: argparse.Namespace) -> str:
-    from hf_efcp.optim.optim_args import parse_optim_args
+    with _quiet_transformers("memory"):
+        from hf_efcp.memory import memory_text
+        from hf_efcp.optim.optim_args import parse_optim_args
 
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("hf-efcp memory needs transformers: pip install 'hf-efcp[hf]'") from None
-    from hf_efcp.memory import memory_text
-
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # what it has to say about a config is not what was asked
-    try:
         return memory_text(
             arguments.model,
             arguments.optim,
@@ -130,6 +135,19 @@ def _memory(arguments: argparse.Namespace) -> str:
             device=arguments.device,
             world_size=arguments.world_size,
         )
+
+
+@contextmanager
+def _quiet_transformers(command: str) -> Iterator[None]:
+    """What transformers has to say about a config is not what was asked."""
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"hf-efcp {command} needs transformers: pip install 'hf-efcp[hf]'") from None
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
     finally:
         transformers.logging.set_verbosity(before)
 
@@ -145,9 +163,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="the optimizers: name, summary, paper")
     listing.set_defaults(text=lambda arguments: list_text())
-    explain = commands.add_parser("explain", help="every option of an optimizer")
+    explain = commands.add_parser("explain", help="every option of an optimizer, or how it treats a model's parameters")
     explain.add_argument("name", metavar="NAME", help="as `hf-efcp list` prints it")
-    explain.set_defaults(text=lambda arguments: explain_text(arguments.name))
+    explain.add_argument("--model", metavar="MODEL", help="how each parameter of it is treated, and why; as for memory")
+    explain.add_argument("--model_class", metavar="CLASS", help="of transformers, instead of the config's")
+    explain.add_argument("--optim_args", metavar="name=value,...", help="options, which may change the treatment")
+    explain.set_defaults(text=_explain)
     _add_memory(commands)
     plot = commands.add_parser("plot", help="the log of a run as curves, in a PNG")
     plot.add_argument("folder", metavar="RUN_DIR", help="output_dir of the run, or one of its checkpoints")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_efcp.curvature.layer_statistics import Collector, Sums
 from hf_efcp.curvature.layers import Layer, Plan, find_layers
+from hf_efcp.curvature.structures import Diagonal, Structure
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
 from hf_efcp.optim.singd_state import FactorPair
 
@@ -89,10 +90,19 @@ class SingdLayers(ParameterwiseOptimizer):
             elif layer is None:
                 told[name] = f"AdamW: {self._plan.reasons.get(name, 'in no layer')}"
             else:
-                shapes = [f"{_describe(s)} ({s.dim})" for s in (layer.inputs, layer.outputs)]
+                inputs, outputs = (self._describe(*side) for side in self._sides(layer))
                 joint = "" if p is layer.weight else f", with {layer.name}.weight"
-                told[name] = f"SINGD: inputs {shapes[0]}, outputs {shapes[1]}{joint}"
+                told[name] = f"SINGD: inputs {inputs}, outputs {outputs}{joint}"
         return told
+
+    def _sides(self, layer: Layer) -> Iterable[tuple[Structure, str]]:
+        """Each factor's structure, and the one that was asked for."""
+        return zip((layer.inputs, layer.outputs), self.defaults["structures"].split("+"), strict=True)
+
+    def _describe(self, structure: Structure, asked: str) -> str:
+        if asked == "dense" and isinstance(structure, Diagonal):
+            return f"diagonal ({structure.dim}, above max_dense_dim)"
+        return f"{asked} ({structure.dim})"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `EfcpOptimizer.add_param_group`; a layer that changes size by it starts its factors anew."""
@@ -211,7 +221,3 @@ class SingdLayers(ParameterwiseOptimizer):
                 "Under fp16 autocast SINGD must know what scales the loss: call optimizer.use_scaler(scaler), or set "
                 "init_grad_scale where the scale is a constant other than 1."
             )
-
-
-def _describe(structure: Any) -> str:
-    return type(structure).__name__

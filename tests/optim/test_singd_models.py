@@ -150,7 +150,7 @@ def test_gpt2s_layers_are_preconditioned_and_its_tied_head_steps_once():
     model, _ = build(gpt2)
     told = SINGD(model, **OPTIONS).explain_parameters()
     assert told["transformer.wte.weight"] == "AdamW: shared by Embedding and Linear"
-    assert told["transformer.h.0.mlp.c_fc.weight"] == "SINGD: inputs Dense (17), outputs Dense (64)"
+    assert told["transformer.h.0.mlp.c_fc.weight"] == "SINGD: inputs dense (17), outputs dense (64)"
     assert told["transformer.h.0.mlp.c_fc.bias"].endswith("with transformer.h.0.mlp.c_fc.weight")
 
 
@@ -220,7 +220,7 @@ def test_gradient_checkpointing_of_transformers_changes_nothing():
 def test_wide_heads_get_a_diagonal_side():
     head = nn.Linear(4, 50_000, bias=False)
     told = SINGD(head, **OPTIONS).explain_parameters()
-    assert told == {"weight": "SINGD: inputs Dense (4), outputs Diagonal (50000)"}
+    assert told == {"weight": "SINGD: inputs dense (4), outputs diagonal (50000, above max_dense_dim)"}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
