@@ -23,6 +23,11 @@ from transformers import (
 )
 
 
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of examples whose largest logit is the label's."""
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained on what.
@@ -34,6 +39,9 @@ class Task:
         new_model: builds the model; its weights depend on torch's seed.
         steps, batch_size, learning_rate: the usual run.
         tokenizer: pads the examples of a batch; `None` where they have one shape.
+        collator: makes a batch of examples where the tokenizer's padding is not enough.
+        metric: name of the figure of merit among those that `compute_metrics` returns.
+        prepare_logits: what of the model's output is kept for `compute_metrics`, where all of it were much.
     """
 
     name: str
@@ -45,6 +53,10 @@ class Task:
     batch_size: int
     learning_rate: float
     tokenizer: PreTrainedTokenizerBase | None = None
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
+    metric: str = "accuracy"
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] = accuracy
+    prepare_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 def digits() -> Task:
@@ -104,8 +116,3 @@ def trec(data: str | Path, model: str | Path) -> Task:
         learning_rate=2e-4,
         tokenizer=tokenizer,
     )
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of examples whose largest logit is the label's."""
-    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
