@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import inspect
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from hf_efcp.train.callbacks import own_optimizer
+from hf_efcp.train.hub import told_plainly, watch
 from hf_efcp.train.model_card import write_model_card
 from hf_efcp.train.resume import load_converted, refuse_lost_parameters
 
@@ -20,12 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 class EfcpTrainer(Trainer):
-    """A `Trainer` that differs in two things.
+    """A `Trainer` that differs in three things.
 
     - Resuming, and loading the best model at the end, restores weights that are saved under other names than the
       model's, a ViT's encoder among them (see `hf_efcp.train.resume`). Resuming with a parameter that the
       checkpoint does not hold is an error, as it would go on from random values.
     - The model card of a run with an optimizer of this package says with what options it ran and at what cost.
+    - A push that the Hub refuses, or that a lost connection ends, is one sentence that says what is safe and what to
+      do; Trainer never tells of one that failed during training.
 
     Metrics of the optimizer come into the logs of any Trainer by `EfcpCallback`, which importing `hf_efcp.train`
     registers. Decay groups, clipping, scheduling and evaluation are Trainer's. `max_grad_norm` (1.0 by default)
@@ -62,6 +66,26 @@ class EfcpTrainer(Trainer):
             if refuses_losses:
                 refuse_lost_parameters(model, load_result, folder)
         super()._issue_warnings_after_load(load_result)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Create the repository, at construction with `push_to_hub=True`. Raises `PushError` where it cannot be."""
+        with told_plainly(self._repository(), self.args.output_dir):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Save model and card and push them, as `Trainer` does. Raises `PushError` where the Hub does not take them."""
+        with told_plainly(self._repository(), self.args.output_dir):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        before = self.push_in_progress.jobs[:] if getattr(self, "push_in_progress", None) else []
+        super()._push_from_checkpoint(checkpoint_folder)
+        if getattr(self, "push_in_progress", None):
+            started = [job for job in self.push_in_progress.jobs if job not in before]
+            watch(started, self._repository(), self.args.output_dir)
+
+    def _repository(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of this package; Trainer's own after another optimizer, or where jinja2 is missing."""

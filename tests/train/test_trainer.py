@@ -169,6 +169,9 @@ def test_the_trainer_overrides_little():
         "_load_best_model",
         "_issue_warnings_after_load",
         "create_model_card",
+        "init_hf_repo",
+        "push_to_hub",
+        "_push_from_checkpoint",
     }
-    assert own - set(dir(Trainer)) == {"_restoring"}
+    assert own - set(dir(Trainer)) == {"_restoring", "_repository"}
     assert hf_efcp.train.trainer.EfcpTrainer is EfcpTrainer
