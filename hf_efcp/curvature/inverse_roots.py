@@ -106,18 +106,16 @@ def _one_side(gradient: Tensor, axis: int, root: Root, projection: Tensor) -> Te
 def _both_sides(gradient: Tensor, left: Root, right: Root, left_projection: Tensor, right_projection: Tensor) -> Tensor:
     """`L G R` in one product with 2k inner columns beside the two projections.
 
-    With `A = UᵀG`, `Q = GV`, `S = AV`, `a = e_L/c_L − 1`, `b = e_R/c_R − 1`:
-    `L G R = c_L c_R [G + U(aA + (a S b)Vᵀ) + Q b Vᵀ]`.
+    With `A = UᵀG`, `Q = GV`, `S = UᵀQ`, `a = e_L/c_L − 1`, `b = e_R/c_R − 1`:
+    `L G R = c_L c_R [G + U(aA) + (Q + U(aS)) b Vᵀ]`.
     """
-    u, v = left.basis, right.basis
+    u, v, q = left.basis, right.basis, right_projection.mT
     a = _of(left.inside / left.outside[..., None] - 1, gradient)[..., None]
     b = _of(right.inside / right.outside[..., None] - 1, gradient)[..., None, :]
-    cross = left_projection @ v
-    scaled_v = (v * b).mT
-    inner = torch.cat([a * (left_projection + cross @ scaled_v), scaled_v], -2)
-    outer = torch.cat([u, right_projection.mT], -1)
     scale = _of(left.outside * right.outside, gradient)[..., None, None]
-    return (outer @ (scale * inner)).addcmul_(gradient, scale)
+    outer = torch.cat([u, torch.baddbmm(q, u, a * (u.mT @ q)) * b], -1)
+    inner = torch.cat([a * left_projection, v.mT], -2)
+    return ((scale * outer) @ inner).addcmul_(gradient, scale)
 
 
 def _of(values: Tensor, like: Tensor) -> Tensor:

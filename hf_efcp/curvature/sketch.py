@@ -70,19 +70,21 @@ def subspace_update(
     squares = beta2 * s.square()
     scale = squares[..., 0] + _square_norm(gradient)
     scale = torch.where(scale > 0, scale, 1)[..., None, None]
-    start = _start(basis, s, gradient, scale, seed)
-    # XXᵀ·start in units of `scale`, so that tiny and huge gradients neither vanish nor overflow.
+    unit = scale.rsqrt().to(gradient.dtype)
+    start = _start(basis, s, gradient, unit, seed)
+    # XXᵀ·start in units of `scale`, so that tiny and huge gradients neither vanish nor overflow. Rows first: on the
+    # CPU a product of few rows with G or Gᵀ is up to a fifth faster than one of G or Gᵀ with few columns.
     power = basis @ ((squares[..., None] / scale).to(basis.dtype) * (basis.mT @ start))
-    power = power + gradient @ ((gradient.mT @ start).double() / scale).to(gradient.dtype)
+    power = power + ((start.mT @ gradient * unit) @ gradient.mT * unit).mT
     q = torch.linalg.qr(power).Q
-    gradient_q = gradient.mT @ q
+    rows = q.mT @ gradient
     weighted = squares.sqrt()[..., None] * (basis.mT @ q).double()
-    wide = gradient_q.double()
-    values, vectors = top_eigenpairs(weighted.mT @ weighted + wide.mT @ wide, k)
+    wide = rows.double()
+    values, vectors = top_eigenpairs(weighted.mT @ weighted + wide @ wide.mT, k)
     kept, cut, positive = deflate(values, k, max(gradient.shape[-2:]), gradient.dtype)
     vectors = (vectors * positive[..., None, :]).to(gradient.dtype)
     updated = _keep_finite(sketch, q @ vectors, kept, sketch.tail * tail_decay + cut)
-    return updated, (gradient_q @ vectors).mT
+    return updated, vectors.mT @ rows
 
 
 def is_cheap_exactly(d: int, b: int, k: int) -> bool:
@@ -90,7 +92,7 @@ def is_cheap_exactly(d: int, b: int, k: int) -> bool:
     return k >= d or min(d, k + b) <= 2 * (k + OVERSAMPLING)
 
 
-def _start(basis: Tensor, s: Tensor, gradient: Tensor, scale: Tensor, seed: int) -> Tensor:
+def _start(basis: Tensor, s: Tensor, gradient: Tensor, unit: Tensor, seed: int) -> Tensor:
     """Columns (…, d, min(d, k + 8)) that the power step multiplies: the directions, and mixed columns of the gradient.
 
     Each mixes 64 columns drawn at random. A product of the whole gradient with 8 random columns is no better
@@ -102,9 +104,16 @@ def _start(basis: Tensor, s: Tensor, gradient: Tensor, scale: Tensor, seed: int)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(b, (k + 8 * extra,), generator=generator).to(gradient.device)
     mix = torch.randn(8 * extra, extra, generator=generator, dtype=gradient.dtype).to(gradient.device)
-    columns = gradient.index_select(-1, drawn) * scale.rsqrt().to(gradient.dtype)
+    columns = _columns(gradient, drawn) * unit
     start = torch.where((s > 0)[..., None, :], basis, columns[..., :k])
     return torch.cat([start, columns[..., k:] @ mix], -1)
+
+
+def _columns(matrix: Tensor, drawn: Tensor) -> Tensor:
+    """`matrix[..., drawn]`, by whole rows of memory where the matrix is a transposed view."""
+    if matrix.mT.is_contiguous():
+        return matrix.mT.index_select(-2, drawn).mT
+    return matrix.index_select(-1, drawn)
 
 
 def top_eigenpairs(gram: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -138,7 +147,7 @@ def deflate(values: Tensor, k: int, size: int, dtype: torch.dtype) -> tuple[Tens
 
 def _keep_finite(old: Sketch, basis: Tensor, s: Tensor, tail: Tensor) -> Sketch:
     """The new sketch, the old one where the new is not finite."""
-    finite = basis.isfinite().all(-1).all(-1) & s.isfinite().all(-1) & tail.isfinite()
+    finite = basis.sum((-2, -1)).isfinite() & s.isfinite().all(-1) & tail.isfinite()
     return Sketch(
         torch.where(finite[..., None, None], basis.to(old.basis.dtype), old.basis),
         torch.where(finite[..., None], s, old.singular_values),
