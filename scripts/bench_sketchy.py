@@ -3,13 +3,16 @@
     python scripts/bench_sketchy.py                            # one 768×3072 matrix, rank 64
     python scripts/bench_sketchy.py --shape 768 768 --rank 32 --json out/bench_sketchy.json
 
-Process time on one thread, medians; use the ratios. Update and apply are those of both axes, momentum and grafting
-left out. Full Shampoo is `GGᵀ`, `eigh` and root of both whole axes in float32.
+Process time on one thread, medians; use the ratios. Update is that of the sketches, or matrices and roots, of both
+axes; apply multiplies a gradient by the roots of both; step is the optimizer's between two updates, without momentum
+and grafting: apply, checks and the change of the weights. Full Shampoo is `GGᵀ`, `eigh` and root of both whole axes in
+float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -24,6 +27,8 @@ import torch
 from torch import Tensor
 
 from hf_efcp.optim import SketchyShampoo
+from hf_efcp.optim.partition import partition
+from hf_efcp.optim.sketch_state import BlockSketches
 
 
 class FullShampoo:
@@ -55,23 +60,34 @@ def milliseconds(run: Callable[[], object], repeats: int, before: Callable[[], o
     return 1e3 * statistics.median(times)
 
 
-def sketchy_times(shape: tuple[int, int], repeats: int, **options: object) -> tuple[float, float, SketchyShampoo]:
-    """Of a step that only applies, of one that updates as well, and the optimizer."""
+class Drift:
+    """A new gradient each time, not far from the last."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self.generator = torch.Generator().manual_seed(0)
+        self.gradient = torch.randn(shape, generator=self.generator)
+
+    def __call__(self) -> Tensor:
+        noise = torch.randn(self.gradient.shape, generator=self.generator)
+        self.gradient.mul_(0.9).add_(noise, alpha=0.1)
+        return self.gradient
+
+
+def sketchy_times(shape: tuple[int, int], repeats: int, **options: object) -> tuple[dict[str, float], SketchyShampoo]:
+    """Of update, apply and step, and the optimizer."""
     weight = torch.nn.Parameter(torch.zeros(shape))
-    generator = torch.Generator().manual_seed(0)
-    optimizer = SketchyShampoo([weight], 1e-6, update_freq=2, grafting="none", momentum=0.0, **options)
-    drifting = torch.randn(shape, generator=generator)
-
-    def new_gradient() -> None:
-        drifting.mul_(0.9).add_(torch.randn(shape, generator=generator), alpha=0.1)
-        weight.grad = drifting.clone()
-
-    new_gradient()
+    new_gradient = Drift(shape)
+    optimizer = SketchyShampoo([weight], 1e-6, update_freq=1 << 19, grafting="none", momentum=0.0, **options)
+    weight.grad = new_gradient()
     optimizer.step()
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(2 * repeats):
-        times[number % 2].append(milliseconds(optimizer.step, 1, new_gradient))
-    return *(statistics.median(t) for t in times), optimizer
+    (block,) = partition(shape, None, optimizer.defaults["max_dim"], one_sided=False)
+    sketches = BlockSketches([optimizer.state[weight]], 0, block, optimizer.defaults, accept=None)
+    seeds = itertools.count(1)
+    return {
+        "update": milliseconds(lambda: sketches.update(weight.grad[None], next(seeds)), repeats, new_gradient),
+        "apply": milliseconds(lambda: sketches.precondition(weight.grad[None]), repeats, new_gradient),
+        "step": milliseconds(optimizer.step, repeats, new_gradient),
+    }, optimizer
 
 
 def measure(shape: tuple[int, int], rank: int, repeats: int) -> list[dict[str, object]]:
@@ -79,26 +95,27 @@ def measure(shape: tuple[int, int], rank: int, repeats: int) -> list[dict[str, o
     numel = gradient.numel()
     rows = []
 
-    def add(name: str, update: float | None, apply: float, size: int) -> None:
-        rows.append({"optimizer": name, "update_ms": update, "apply_ms": apply, "bytes_per_parameter": size / numel})
+    def add(name: str, times: dict[str, float], size: int) -> None:
+        rows.append({"optimizer": name, "ms": times, "bytes_per_parameter": size / numel})
 
     for name, options in {
         "S-Shampoo, subspace": {"sketch_update": "subspace"},
         "S-Shampoo, exact": {"sketch_update": "exact"},
         "S-Shampoo, subspace, bfloat16": {"sketch_update": "subspace", "sketch_dtype": "bfloat16"},
     }.items():
-        apply, both, optimizer = sketchy_times(shape, repeats, rank=rank, **options)
-        add(name, both - apply, apply, optimizer.state_bytes())
+        times, optimizer = sketchy_times(shape, repeats, rank=rank, **options)
+        add(name, times, optimizer.state_bytes())
     full = FullShampoo(shape)
-    update = milliseconds(lambda: full.update(gradient), 2)
-    add(
-        "full Shampoo, eigh", update, milliseconds(lambda: full.apply(gradient), repeats), 8 * sum(d * d for d in shape)
-    )
+    times = {
+        "update": milliseconds(lambda: full.update(gradient), 2),
+        "apply": milliseconds(lambda: full.apply(gradient), repeats),
+    }
+    add("full Shampoo, eigh", times, 8 * sum(d * d for d in shape))
     weight = torch.nn.Parameter(torch.zeros(shape))
     weight.grad = gradient
     adamw = torch.optim.AdamW([weight], foreach=True)
     adamw.step()
-    add("AdamW foreach", None, milliseconds(adamw.step, repeats), 8 * numel)
+    add("AdamW foreach", {"step": milliseconds(adamw.step, repeats)}, 8 * numel)
     return rows
 
 
@@ -113,11 +130,11 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     shape = "×".join(map(str, args.shape))
     print(f"torch {torch.__version__}, 1 thread, {shape}, rank {args.rank}, {commit.stdout.strip()}\n")
-    print("| optimizer | update ms | apply ms | bytes per parameter |\n|---|---|---|---|")
+    print("| optimizer | update, ms | apply, ms | step, ms | bytes per parameter |\n|---|---|---|---|---|")
     rows = measure(tuple(args.shape), args.rank, args.repeats)
     for row in rows:
-        update = "" if row["update_ms"] is None else f"{row['update_ms']:.1f}"
-        print(f"| {row['optimizer']} | {update} | {row['apply_ms']:.1f} | {row['bytes_per_parameter']:.2f} |")
+        times = [f"{row['ms'][part]:.1f}" if part in row["ms"] else "" for part in ("update", "apply", "step")]
+        print(f"| {' | '.join([row['optimizer'], *times])} | {row['bytes_per_parameter']:.2f} |")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"commit": commit.stdout.strip(), "shape": args.shape, "rows": rows}, indent=1))

@@ -59,39 +59,48 @@ class BlockSketches:
         self.states, self.number, self.block = states, number, block
         self.options, self.accept = options, accept
 
-    def precondition(self, gradient: Tensor, *, updates: bool, seed: int) -> Tensor:
-        """The preconditioned gradient; the gradient enters the sketches before, if `updates`.
+    def update(self, gradient: Tensor, seed: int) -> list[Tensor | None]:
+        """Take a gradient into the sketches.
 
         Args:
             gradient: (n, *block.shape), not written to.
             seed: of the random columns of a power step; 0 at a parameter's first gradient.
+
+        Returns:
+            for `precondition`: `UᵀG` of each axis, where it comes for free.
         """
-        if not self.block.axes:
-            return gradient.clone()
-        total = torch.linalg.vector_norm(gradient.flatten(1), dim=1).double().square()
-        trace = self._trace(total, updates)
-        roots, projections = [], []
+        if self.options["tail"] == "trace" and self.block.axes:
+            self._copy(f"trace_{self.number}", self._decay * self._trace + _square_norm(gradient))
+        projections = []
         for axis in self.block.axes:
-            matrix = unfold(gradient, axis)
-            sketch, projection = self._read(axis), None
-            if updates:
-                sketch, projection = self._updated(sketch, matrix, seed)
-                self._write(axis, sketch)
+            sketch, projection = self._updated(self._read(axis), unfold(gradient, axis), seed)
+            self._write(axis, sketch)
+            # A basis that is stored rounded is not the one of the projection.
+            projections.append(projection if sketch.basis.dtype is gradient.dtype else None)
+        return projections
+
+    def precondition(self, gradient: Tensor, projections: Sequence[Tensor | None] | None = None) -> Tensor:
+        """The preconditioned gradient, a new tensor."""
+        axes = self.block.axes
+        if not axes:
+            return gradient.clone()
+        total = _square_norm(gradient)
+        roots, found = [], []
+        for axis, projection in zip(axes, projections or [None] * len(axes), strict=True):
+            sketch = self._read(axis)
             basis = sketch.basis.to(gradient.dtype)
-            if projection is None or sketch.basis.dtype is not gradient.dtype:
-                projection = basis.mT @ matrix
+            found.append(basis.mT @ unfold(gradient, axis) if projection is None else projection)
             root = inverse_root(
                 sketch._replace(basis=basis),
-                projection,
+                found[-1],
                 total,
-                order=2 * len(self.block.axes),
+                order=2 * len(axes),
                 epsilon=self.options["epsilon"],
                 relative=self.options["relative_epsilon"],
-                trace=trace,
+                trace=self._trace if self.options["tail"] == "trace" else None,
             )
             roots.append((axis, root))
-            projections.append(projection)
-        return precondition(gradient, roots, projections)
+        return precondition(gradient, roots, found)
 
     def _updated(self, sketch: Sketch, matrix: Tensor, seed: int) -> tuple[Sketch, Tensor | None]:
         beta2 = self._decay
@@ -106,14 +115,10 @@ class BlockSketches:
         """β₂ of an update."""
         return self.options["beta2"] ** (self.options["update_freq"] if self.options["beta2_per_step"] else 1)
 
-    def _trace(self, total: Tensor, updates: bool) -> Tensor | None:
-        if self.options["tail"] != "trace":
-            return None
-        trace = torch.stack([state[f"trace_{self.number}"] for state in self.states])
-        if updates:
-            trace = self._decay * trace + total
-            self._copy(f"trace_{self.number}", trace)
-        return trace
+    @property
+    def _trace(self) -> Tensor:
+        """(n,) float64, `tr M`."""
+        return torch.stack([state[f"trace_{self.number}"] for state in self.states])
 
     def _read(self, axis: int) -> Sketch:
         names = (f"{name}_{self.number}_{axis}" for name in ("basis", "singular_values", "tail"))
@@ -130,3 +135,7 @@ class BlockSketches:
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _square_norm(gradient: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(gradient.flatten(1), dim=1).double().square()

@@ -51,6 +51,7 @@ SHAMPOO_OPTIONS = (
         "momentum", float, "heavy-ball factor, after grafting", low=0, high=1, high_open=True, source="precondition"
     ),
     Option("nesterov", bool, "Nesterov's momentum", source="precondition"),
+    Option("ema", bool, "momentum averages updates, where heavy ball sums them", source="precondition"),
     Option("weight_decay", float, "decoupled weight decay, times lr", low=0, source="AdamW, arXiv 1711.05101"),
     Option(
         "block_size", int, "cut axes into blocks of this length", low=1, high=1 << 30, optional=True, source="Shampoo"

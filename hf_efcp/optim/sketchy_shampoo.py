@@ -45,6 +45,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         grafting: whose step's length a tensor takes: `"none"`, `"sgd"`, `"rmsprop"`, `"adafactor"` (little memory) or
             `"rms"`, a root mean square of 0.25.
         momentum, nesterov: heavy ball after grafting; 0.9 makes steps ten times as long as AdamW's at the same rate.
+        ema: `m ← momentum·m + (1 − momentum)·u`, whose steps keep their length.
         weight_decay: decoupled, as AdamW's.
         block_size: cut axes into blocks with sketches of their own; costs memory, unlike in Shampoo.
         max_dim: axes longer than this get no sketch.
@@ -78,6 +79,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         grafting: str = "adafactor",
         momentum: float = 0.0,
         nesterov: bool = True,
+        ema: bool = False,
         weight_decay: float = 0.0,
         block_size: int | None = None,
         max_dim: int = 8192,
@@ -146,7 +148,8 @@ class SketchyShampoo(ParameterwiseOptimizer):
         for number, block in enumerate(blocks):
             part = gradients[(slice(None), *block.slices)]
             sketches = BlockSketches(states, number, block, options, self._mask(accept))
-            parts.append(sketches.precondition(part, updates=count % options["update_freq"] == 0, seed=count))
+            projections = sketches.update(part, seed=count) if count % options["update_freq"] == 0 else None
+            parts.append(sketches.precondition(part, projections))
         if len(parts) == 1:
             return parts[0]
         directions = torch.empty_like(gradients)
@@ -179,6 +182,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         factor = self.param_groups[0]["momentum"]  # OneCycleLR writes it there
         if "momentum" in state:
             buffer = state["momentum"]
+            update = update * (1 - factor) if self.defaults["ema"] else update
             moved = buffer.to(update.dtype).mul(factor).add_(update)
             update = update.add(moved, alpha=factor) if self.defaults["nesterov"] else moved
             buffer.copy_(self._unless(finite, moved, buffer))
