@@ -1,18 +1,18 @@
 """Regret of S-AdaGrad beside diagonal AdaGrad's, in online logistic regression on scikit-learn's data.
 
-    python scripts/regret_adagrad.py                    # breast cancer and digits, rank 10, a table and a picture
+    python scripts/regret_adagrad.py                    # two data sets, ranks 10 and 20, a table and a picture
     python scripts/regret_adagrad.py --rank 5 --seeds 1 --output out/regret.png
 
 At each example the learner pays its loss, then takes one step. Regret is the sum of these losses less that of the
-best fixed weights in hindsight. Every method has its best learning rate and δ of the same grid, on the same orders of
-the examples.
+best fixed weights in hindsight. Every method has its best learning rate and δ: of the same coarse grid, then of rates
+an eighth and a sixteenth of a decade around the best, on the same orders of the examples.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from torch.nn.functional import softplus
 from hf_efcp.optim import SketchyAdaGrad
 
 RATES = [10**power for power in (-0.5, -0.25, 0, 0.25, 0.5, 0.75, 1)]
-Make = Callable[[list[Tensor]], torch.optim.Optimizer]
-DELTAS = [1e-8, 1e-2]  # what the sum of squares starts from
+FINER = [10**power for power in (-0.125, -0.0625, 0.0625, 0.125)]  # times the best of these
+DELTAS = [1e-8, 1e-2, 1e-1]  # what the sum of squares starts from
 
 
 def data(name: str) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def best_loss(features: Tensor, labels: Tensor) -> float:
     return float(softplus(-signed @ weights.detach()).sum())
 
 
-def online_losses(features: Tensor, labels: Tensor, make: Make) -> Tensor:
+def online_losses(features: Tensor, labels: Tensor, make: Callable[..., torch.optim.Optimizer]) -> Tensor:
     """The loss of each example before its step, (n,)."""
     weights = torch.nn.Parameter(torch.zeros(features.shape[1]))
     optimizer = make([weights])
@@ -73,27 +73,40 @@ def online_losses(features: Tensor, labels: Tensor, make: Make) -> Tensor:
     return torch.stack(losses)
 
 
-def candidates(rank: int) -> Iterator[tuple[str, str, Make]]:
-    """Method, its settings, and the optimizer."""
-    for rate, delta in itertools.product(RATES, DELTAS):
-        settings = f"lr {rate:.2g}, δ {delta:g}"
-        yield f"S-AdaGrad, rank {rank}", settings, partial(SketchyAdaGrad, lr=rate, rank=rank, delta=delta)
-        yield "diagonal AdaGrad", settings, partial(torch.optim.Adagrad, lr=rate, initial_accumulator_value=delta)
-    for rate in RATES:
-        yield "gradient descent", f"lr {rate:.2g}", partial(torch.optim.SGD, lr=rate)
+def methods(ranks: list[int]) -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    """Optimizers by name; called with parameters, a rate and δ."""
+    sketched = {
+        f"S-AdaGrad, rank {rank}": lambda params, lr, delta, rank=rank: SketchyAdaGrad(
+            params, lr, rank=rank, delta=delta
+        )
+        for rank in ranks
+    }
+    return {
+        **sketched,
+        "diagonal AdaGrad": lambda params, lr, delta: torch.optim.Adagrad(params, lr, initial_accumulator_value=delta),
+        "gradient descent": lambda params, lr, delta: torch.optim.SGD(params, lr),
+    }
 
 
-def regrets(name: str, rank: int, seeds: int) -> dict[str, tuple[str, Tensor]]:
+def regrets(name: str, ranks: list[int], seeds: int) -> dict[str, tuple[str, Tensor]]:
     """For each method its best settings and the mean cumulated regret at each example."""
     features, labels = data(name)
-    found: dict[str, tuple[str, Tensor]] = {}
     orders = [torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)) for seed in range(seeds)]
     share = best_loss(features, labels) * torch.arange(1, len(labels) + 1) / len(labels)
-    for method, settings, make in candidates(rank):
-        runs = [online_losses(features[order], labels[order], make).double().cumsum(0) for order in orders]
-        regret = torch.stack(runs).mean(0) - share
-        if method not in found or regret[-1] < found[method][1][-1]:
-            found[method] = (settings, regret)
+
+    def regret(make: Callable[..., torch.optim.Optimizer], lr: float, delta: float) -> Tensor:
+        started = partial(make, lr=lr, delta=delta)
+        runs = [online_losses(features[order], labels[order], started).double().cumsum(0) for order in orders]
+        return torch.stack(runs).mean(0) - share
+
+    found = {}
+    for method, make in methods(ranks).items():
+        deltas = DELTAS if method != "gradient descent" else [0.0]
+        tried = {(lr, delta): regret(make, lr, delta) for lr, delta in itertools.product(RATES, deltas)}
+        lr, delta = min(tried, key=lambda settings: tried[settings][-1])
+        tried |= {(lr * factor, delta): regret(make, lr * factor, delta) for factor in FINER}
+        lr, delta = best = min(tried, key=lambda settings: tried[settings][-1])
+        found[method] = (f"lr {lr:.2g}" + (f", δ {delta:g}" if delta else ""), tried[best])
     return found
 
 
@@ -115,7 +128,7 @@ def plot(results: dict[str, dict[str, tuple[str, Tensor]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", type=int, default=10)
+    parser.add_argument("--rank", type=int, nargs="+", default=[10, 20])
     parser.add_argument("--seeds", type=int, default=3, help="orders of the examples (default: %(default)s)")
     parser.add_argument("--data", nargs="+", choices=("breast cancer", "digits"), default=["breast cancer", "digits"])
     parser.add_argument("--output", type=Path, default=Path("out/regret_adagrad.png"))

@@ -20,7 +20,11 @@ IDS = torch.arange(5, 45).view(4, 10)
 COMPACT = "window=8,value_dtype=int8,residual_dtype=int4,block_size=256,moment_dtype=bfloat16"
 CASES = [
     *[(name, "") for name in list_optimizers()],
-    *[(name, "preset=paper") for name in list_optimizers() if "paper" in get_spec(name).presets and "efcp" in name],
+    *[
+        (name, "preset=paper")
+        for name in list_optimizers()
+        if "paper" in get_spec(name).presets and name.startswith(("efcp", "sketchy"))
+    ],
     ("efcp_mfac", COMPACT),
     ("efcp_mfac", "memory_budget=900KB"),
     ("efcp_mfac", "window=8,state_device=cpu"),

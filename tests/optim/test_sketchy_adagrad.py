@@ -85,3 +85,19 @@ def test_scale_of_the_gradients_does_not_matter(scale):
     plain, _ = run(steps, [(12,)], rank=3, delta=0.0)
     scaled, _ = run([scale * g for g in steps], [(12,)], rank=3, delta=0.0)
     torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_factorisation_that_is_not_finite_keeps_the_old_sketch(monkeypatch):
+    """The step is that of the sketch as it was."""
+    _, optimizer = run(gradients(8, 3), [(8,)], rank=2, delta=0.1)
+    (state,) = optimizer.state.values()
+    before = {name: value.clone() for name, value in state.items() if name in ("basis", "singular_values", "tail")}
+
+    def fail(matrix):
+        raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    optimizer.step()
+    for name, value in before.items():
+        assert torch.equal(state[name], value)
+    assert all(p.isfinite().all() for p in optimizer.param_groups[0]["params"])
