@@ -1,12 +1,15 @@
 """Which implementation of the window operations serves a tensor.
 
-Tensors on the CPU go to numba where it is installed (`pip install hf-efcp[cpu]`), all others to torch. The environment
-variable `HF_EFCP_BACKEND`, `torch` or `numba`, overrides that for the CPU; it is read at the first use.
+Tensors on a CUDA device go to Triton where it is installed (it comes with torch's CUDA builds for Linux), those on the
+CPU to numba where it is (`pip install hf-efcp[cpu]`), all others to torch. The environment variable `HF_EFCP_BACKEND`
+overrides that: `torch` everywhere, `numba` on the CPU, `triton` on CUDA devices, and in Triton's interpreter
+(`TRITON_INTERPRET=1`) on the CPU. It is read at the first use.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -20,7 +23,7 @@ from hf_efcp.ops import torch_ops
 logger = logging.getLogger(__name__)
 
 VARIABLE = "HF_EFCP_BACKEND"
-_ALLOWED = ("torch", "numba")
+_ALLOWED = ("torch", "numba", "triton")
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -37,9 +40,11 @@ def on_backend(function: Function) -> Function:
 
 def backend_of(tensor: Tensor) -> ModuleType:
     """The module whose functions take this tensor."""
-    if tensor.device.type != "cpu" or type(tensor) is not Tensor:  # a subclass may have no memory to compute on
+    if type(tensor) is not Tensor:  # a subclass may have no memory to compute on
         return torch_ops
-    return cpu_backend()
+    if tensor.device.type == "cuda":
+        return cuda_backend()
+    return cpu_backend() if tensor.device.type == "cpu" else torch_ops
 
 
 @functools.cache
@@ -48,25 +53,52 @@ def cpu_backend() -> ModuleType:
 
     Raises:
         ValueError: `HF_EFCP_BACKEND` names no backend.
-        ImportError: it asks for numba, which cannot be imported.
+        ImportError: it asks for one that cannot be imported.
+        RuntimeError: it asks for Triton, outside of its interpreter.
     """
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted and wanted not in _ALLOWED:
-        raise ValueError(f"`{VARIABLE}` must be one of {', '.join(map(repr, _ALLOWED))}, got {wanted!r}.")
-    backend = torch_ops
-    if wanted != "torch":
-        backend = _numba_ops(required=wanted == "numba") or torch_ops
-    logger.debug("Window operations on the CPU run on %s.", backend.__name__.rpartition(".")[2].removesuffix("_ops"))
+    wanted = _wanted()
+    if wanted == "triton":
+        backend = _imported("triton", required=True)
+        if not backend.INTERPRETED:
+            raise RuntimeError(
+                f"`{VARIABLE}=triton` needs tensors on a CUDA device, and these are on the CPU. Leave the variable "
+                "unset, or set TRITON_INTERPRET=1 before Triton is imported to run its kernels in the interpreter."
+            )
+    else:
+        backend = torch_ops if wanted == "torch" else _imported("numba", required=wanted == "numba") or torch_ops
+    logger.debug("Window operations on the CPU run on %s.", _name(backend))
     return backend
 
 
-def _numba_ops(required: bool) -> ModuleType | None:
+@functools.cache
+def cuda_backend() -> ModuleType:
+    """The module for tensors on CUDA devices, chosen once. Raises as `cpu_backend`."""
+    wanted = _wanted()
+    backend = torch_ops if wanted == "torch" else _imported("triton", required=wanted == "triton") or torch_ops
+    logger.debug("Window operations on CUDA devices run on %s.", _name(backend))
+    return backend
+
+
+def _wanted() -> str:
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted and wanted not in _ALLOWED:
+        raise ValueError(f"`{VARIABLE}` must be one of {', '.join(map(repr, _ALLOWED))}, got {wanted!r}.")
+    return wanted
+
+
+def _imported(name: str, required: bool) -> ModuleType | None:
     try:
-        from hf_efcp.ops import numba_ops
+        return importlib.import_module(f"hf_efcp.ops.{name}_ops")
     except ImportError as error:
         if required:
-            raise ImportError(f"`{VARIABLE}=numba` needs numba: pip install hf-efcp[cpu] ({error}).") from error
-        if getattr(error, "name", None) != "numba":  # it is there, but not for this Python or numpy
-            logger.warning("numba cannot be used (%s); the CPU runs slower on torch.", error)
+            pip = {"numba": "hf-efcp[cpu]", "triton": "triton"}[name]
+            raise ImportError(f"`{VARIABLE}={name}` needs {name}: pip install {pip} ({error}).") from error
+        if name == "triton":
+            logger.warning("Triton cannot be used (%s); steps on CUDA devices are slower on torch.", error)
+        elif getattr(error, "name", None) != name:  # it is there, but not for this Python or numpy
+            logger.warning("%s cannot be used (%s); the CPU runs slower on torch.", name, error)
         return None
-    return numba_ops
+
+
+def _name(backend: ModuleType) -> str:
+    return backend.__name__.rpartition(".")[2].removesuffix("_ops")

@@ -13,9 +13,14 @@ import triton
 from torch import Tensor
 
 from hf_efcp.ops import triton_kernels as kernels
+from hf_efcp.ops.triton_topk import push_topk
 
-INTERPRETED = triton.knobs.runtime.interpret
+if not hasattr(triton.language, "gather"):
+    raise ImportError(f"Triton 3.2 or newer is needed, this is {triton.__version__}")
+
+INTERPRETED = not isinstance(push_topk, triton.runtime.JITFunction)
 _PROGRAMS = 1024  # of a sum over blocks: fixed, so that the order of the sum is no matter of the device
+_SPAN = 1024  # rows of the window for one program
 _TILE = 4096  # entries that a program holds in registers at a time
 _STAGED = 8192  # entries of a block that fit into any device's shared memory, twice
 
@@ -69,24 +74,26 @@ def _push(
     n_blocks, window, k = indices.shape
     if not n_blocks:
         return
+    _contiguous(indices, values, scales, residual, gradient, grid)
     block_size = gradient.shape[1]
     parts = 1 if grid is None else 2
     columns = parts * triton.next_power_of_2(block_size // parts)
     per_program = max(1, 2048 // columns) if scales is None else _group(indices, scales)
     padded = triton.next_power_of_2(per_program)
-    kernels.push_topk[(-(-n_blocks // per_program),)](
-        *(residual, grid, gradient, indices, values, scales, row, accept.view(torch.uint8), n_blocks, window),
-        BLOCK_SIZE=block_size,
-        K=k,
-        BLOCKS=per_program,
-        ROWS=padded,
-        COLUMNS=columns,
-        GROUPS=max(1, columns // 16),
-        PARTS=parts,
-        INT8=scales is not None,
-        FRESH=row is None,
-        **_launch(padded * columns),
-    )
+    with torch.cuda.device_of(gradient):
+        push_topk[(-(-n_blocks // per_program),)](
+            *(residual, grid, gradient, indices, values, scales, row, accept.view(torch.uint8), n_blocks, window),
+            BLOCK_SIZE=block_size,
+            K=k,
+            BLOCKS=per_program,
+            ROWS=padded,
+            COLUMNS=columns,
+            GROUPS=max(1, columns // 16),
+            PARTS=parts,
+            INT8=scales is not None,
+            FRESH=row is None,
+            **_launch(2 * padded * columns),  # 8 a thread: 64 registers, where 16 take 122
+        )
 
 
 def window_dots(indices: Tensor, values: Tensor, x: Tensor, scales: Tensor | None = None) -> Tensor:
@@ -100,30 +107,32 @@ def row_dots(indices: Tensor, values: Tensor, row: Tensor, scratch: Tensor, scal
 
 
 def _dots(indices: Tensor, values: Tensor, row: Tensor | None, x: Tensor, scales: Tensor | None) -> Tensor:
+    _contiguous(indices, values, x, scales)
     n_blocks, window, k = indices.shape
     block_size = x.shape[1]
     width = min(triton.next_power_of_2(k), _TILE)
-    span = min(triton.next_power_of_2(window), 1024)
+    span = min(triton.next_power_of_2(window), _SPAN)
     n_spans = -(-window // span)
     programs = max(1, min(_PROGRAMS, n_blocks // n_spans))
     if row is not None and (n_blocks < programs * n_spans or x.dtype is not torch.float32):
         x = torch.empty(programs * n_spans, block_size, device=x.device)
     parts = torch.empty(programs, window, dtype=torch.float64, device=x.device)
-    kernels.window_dots[(programs, n_spans)](
-        *(x, row, indices, values, scales, parts, n_blocks),
-        BLOCK_SIZE=block_size,
-        WINDOW=window,
-        K=k,
-        GROUP=_group(indices, scales),
-        COLUMNS=triton.next_power_of_2(block_size),
-        SPAN=span,
-        TILE=min(span, max(1, _TILE // width)),
-        WIDTH=width,
-        INT8=scales is not None,
-        OF_ROW=row is not None,
-        STAGED=block_size <= _STAGED,
-        **_launch(_TILE),
-    )
+    with torch.cuda.device_of(x):
+        kernels.window_dots[(programs, n_spans)](
+            *(x, row, indices, values, scales, parts, n_blocks),
+            BLOCK_SIZE=block_size,
+            WINDOW=window,
+            K=k,
+            GROUP=_group(indices, scales),
+            COLUMNS=triton.next_power_of_2(block_size),
+            SPAN=span,
+            TILE=min(span, max(1, _TILE // width)),
+            WIDTH=width,
+            INT8=scales is not None,
+            OF_ROW=row is not None,
+            STAGED=block_size <= _STAGED,
+            **_launch(_TILE),
+        )
     return parts.sum(0)
 
 
@@ -131,20 +140,29 @@ def window_combine_(
     out: Tensor, indices: Tensor, values: Tensor, coefficients: Tensor, scales: Tensor | None = None
 ) -> Tensor:
     """See `torch_ops.window_combine_`."""
+    _contiguous(out, indices, values, scales)
     n_blocks, window, k = indices.shape
     if n_blocks:
         width = triton.next_power_of_2(k)
-        kernels.window_combine[(n_blocks,)](
-            *(out, indices, values, scales, coefficients.to(out.dtype).contiguous()),
-            WINDOW=window,
-            BLOCK_SIZE=out.shape[1],
-            K=k,
-            GROUP=_group(indices, scales),
-            WIDTH=width,
-            INT8=scales is not None,
-            **_launch(8 * width),
-        )
+        with torch.cuda.device_of(out):
+            kernels.window_combine[(n_blocks,)](
+                *(out, indices, values, scales, coefficients.to(out.dtype).contiguous()),
+                WINDOW=window,
+                BLOCK_SIZE=out.shape[1],
+                K=k,
+                GROUP=_group(indices, scales),
+                WIDTH=width,
+                INT8=scales is not None,
+                **_launch(8 * width),
+            )
     return out
+
+
+def _contiguous(*tensors: Tensor | None) -> None:
+    """Raise for memory that the kernels would misread."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"The Triton kernels need contiguous tensors, got strides {tensor.stride()}.")
 
 
 def _group(indices: Tensor, scales: Tensor | None) -> int:
@@ -153,5 +171,5 @@ def _group(indices: Tensor, scales: Tensor | None) -> int:
 
 
 def _launch(entries: int) -> dict[str, Any]:
-    """Launch options of a program over so many entries: 16 a thread, and each product rounded as torch rounds it."""
-    return {"num_warps": min(16, max(1, entries // 512)), "enable_fp_fusion": False}
+    """Launch options: 16 `entries` a thread, and each product rounded as torch rounds it."""
+    return {"num_warps": min(32, max(1, entries // 512)), "enable_fp_fusion": False}

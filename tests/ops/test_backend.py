@@ -20,11 +20,15 @@ def chosen(monkeypatch):
             monkeypatch.delenv(backend.VARIABLE, raising=False)
         else:
             monkeypatch.setenv(backend.VARIABLE, value)
-        backend.cpu_backend.cache_clear()
+        clear()
         return backend.backend_of(torch.zeros(1) if tensor is None else tensor)
 
+    def clear():
+        backend.cpu_backend.cache_clear()
+        backend.cuda_backend.cache_clear()
+
     yield choose
-    backend.cpu_backend.cache_clear()
+    clear()
 
 
 @pytest.fixture
@@ -70,7 +74,9 @@ def test_a_broken_numba_is_reported_once(chosen, caplog, monkeypatch):
 
 @pytest.mark.parametrize("value", ["cuda", "Numba", " "])
 def test_an_unknown_backend_is_refused_by_name(chosen, value):
-    with pytest.raises(ValueError, match=rf"`HF_EFCP_BACKEND` must be one of 'torch', 'numba', got '{value}'"):
+    with pytest.raises(
+        ValueError, match=rf"`HF_EFCP_BACKEND` must be one of 'torch', 'numba', 'triton', got '{value}'"
+    ):
         chosen(value)
 
 
@@ -78,6 +84,45 @@ def test_other_devices_and_tensor_subclasses_go_to_torch(chosen):
     """A subclass may stand for a tensor without memory, as in `torch._subclasses.FakeTensor`."""
     assert chosen(None, torch.zeros(1, device="meta")) is torch_ops
     assert chosen(None, torch.nn.Parameter(torch.zeros(1))) is torch_ops
+
+
+def test_triton_serves_the_cpu_in_its_interpreter_alone(chosen, monkeypatch):
+    triton_ops = pytest.importorskip("hf_efcp.ops.triton_ops", reason="needs triton")
+    monkeypatch.setattr(triton_ops, "INTERPRETED", True)
+    assert chosen("triton") is triton_ops
+    monkeypatch.setattr(triton_ops, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match=r"needs tensors on a CUDA device.*TRITON_INTERPRET=1"):
+        chosen("triton")
+
+
+@pytest.mark.parametrize("wanted", [None, "triton", "numba"])
+def test_triton_serves_cuda_devices(chosen, wanted):
+    """`numba` is a choice for the CPU."""
+    triton_ops = pytest.importorskip("hf_efcp.ops.triton_ops", reason="needs triton")
+    chosen("torch")
+    assert backend.cuda_backend() is torch_ops
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(backend.VARIABLE, wanted) if wanted else patch.delenv(backend.VARIABLE)
+        backend.cuda_backend.cache_clear()
+        assert backend.cuda_backend() is triton_ops
+
+
+@pytest.fixture
+def no_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("triton_ops", "triton_kernels", "triton_topk"):
+        monkeypatch.delitem(sys.modules, f"hf_efcp.ops.{name}", raising=False)
+        monkeypatch.delattr(ops, name, raising=False)
+
+
+@pytest.mark.usefixtures("no_triton")
+def test_cuda_devices_fall_back_to_torch_where_triton_is_missing_and_say_so(chosen, caplog, monkeypatch):
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    backend.cuda_backend.cache_clear()
+    assert backend.cuda_backend() is torch_ops
+    assert "Triton cannot be used" in caplog.text
+    with pytest.raises(ImportError, match="pip install triton"):
+        chosen("triton")
 
 
 def test_the_choice_is_logged_once(chosen, caplog):
