@@ -16,6 +16,12 @@ options:
                              weights (a ViT's encoder) when it resumes and writes the optimizer into the model card
   --trainer transformers     leave transformers.Trainer as it is
   --metrics                  let a Trainer log how the curvature shapes the steps: spectrum, scaling, rotation, residual
+  --sparsity S               let every Trainer train with this share of the weights at 0, from the first step on
+  --sparse_method NAME       static, set, rigl (the default), rigl_itop, set_itop, snfs or gmp
+  --sparse_args K=V,…        settings of the method and the masks: interval, rate, include, exclude, initial, …
+  --gradient_correction agent  let every Trainer correct its gradients as AGENT does, sparse or not
+  --correction_args K=V,…    settings of it: coefficient, gamma, refresh, full_grad_batches, …
+  --adversary NAME[:K=V,…]   let every Trainer train on adversarial images: fgsm or pgd
   --help                     print this and leave
 """
 
@@ -30,7 +36,12 @@ from dataclasses import dataclass, field
 
 from hf_efcp.optim.options import closest
 
-_OPTIONS = ("--list", "--explain", "--patch-adamw", "--trainer", "--metrics", "--help", "-h", "-m")
+_SPARSE = (
+    *("--sparsity", "--sparse_method", "--sparse_args"),
+    *("--gradient_correction", "--correction_args", "--adversary"),
+)
+_VALUED = ("--explain", "--patch-adamw", "--trainer", *_SPARSE)
+_OPTIONS = ("--list", "--metrics", "--help", "-h", "-m", *_VALUED)
 
 
 @dataclass
@@ -41,6 +52,7 @@ class Command:
     patch_adamw: str | None = None
     trainer: str | None = None
     metrics: bool = False
+    sparse: dict[str, str] = field(default_factory=dict)
     module: bool = False
     script: list[str] = field(default_factory=list)
 
@@ -52,7 +64,7 @@ def parse(argv: Sequence[str]) -> Command:
         name, equals, value = words.pop(0).partition("=")
         if name not in _OPTIONS:
             raise ValueError(f"no launcher option `{name}`.{closest(name, _OPTIONS)} Options of the script follow it.")
-        if name in ("--explain", "--patch-adamw", "--trainer") and not equals:
+        if name in _VALUED and not equals:
             if not words:
                 raise ValueError(f"`{name}` needs a value.")
             value = words.pop(0)
@@ -64,6 +76,8 @@ def parse(argv: Sequence[str]) -> Command:
             command.texts.append(lambda: __doc__)
         elif name == "--metrics":
             command.metrics = True
+        elif name in _SPARSE:
+            command.sparse[name.removeprefix("--")] = value
         elif name == "--patch-adamw":
             command.patch_adamw = value
         elif name == "--trainer":
@@ -107,16 +121,36 @@ def _prepare(command: Command) -> None:
 
         patch_adamw(command.patch_adamw)
     if importlib.util.find_spec("transformers") is None:
-        for option, given in (("--trainer", command.trainer is not None), ("--metrics", command.metrics)):
-            if given:
+        given = {"--trainer": command.trainer, "--metrics": command.metrics, **{f"--{k}": 1 for k in command.sparse}}
+        for option, value in given.items():
+            if value:
                 raise ValueError(f"`{option}` needs transformers: pip install 'hf-efcp[hf]'.")
         return
     import hf_efcp.train
 
+    if command.sparse:
+        _prepare_sparse(command)
     if command.trainer != "transformers":
         hf_efcp.train.replace_trainer()
     if command.metrics:
         hf_efcp.train.log_diagnostics()
+
+
+def _prepare_sparse(command: Command) -> None:
+    from hf_efcp.train import train_sparsely
+    from hf_efcp.train.adversary import make_adversary
+
+    options = dict(command.sparse)
+    if command.trainer == "transformers":
+        raise ValueError(f"`--{next(iter(options))}` needs the Trainer of hf_efcp; leave out `--trainer transformers`.")
+    if "sparsity" in options:
+        try:
+            options["sparsity"] = float(options["sparsity"])
+        except ValueError:
+            raise ValueError(f"`--sparsity` must be a number in [0, 1), got {options['sparsity']!r}.") from None
+    if "adversary" in options:
+        make_adversary(options["adversary"])
+    train_sparsely(**options)
 
 
 def _run(command: Command) -> None:

@@ -11,11 +11,15 @@ from hf_efcp.train.registration import log_diagnostics, register_optimizers
 
 register_optimizers()
 
+from hf_efcp.train.adversary import FGSM, PGD  # noqa: E402
 from hf_efcp.train.arguments import EfcpTrainingArguments  # noqa: E402  (its default is a registered name)
 from hf_efcp.train.callbacks import EfcpCallback, EfcpMetricsCallback  # noqa: E402
+from hf_efcp.train.sparse_options import train_sparsely  # noqa: E402
 from hf_efcp.train.trainer import EfcpTrainer, replace_trainer  # noqa: E402
 
 __all__ = [
+    "FGSM",
+    "PGD",
     "EfcpCallback",
     "EfcpMetricsCallback",
     "EfcpTrainer",
@@ -23,4 +27,5 @@ __all__ = [
     "log_diagnostics",
     "register_optimizers",
     "replace_trainer",
+    "train_sparsely",
 ]

@@ -10,19 +10,22 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from hf_efcp.train.adversary import Adversary
 from hf_efcp.train.callbacks import own_optimizer
 from hf_efcp.train.hub import told_plainly, watch
 from hf_efcp.train.model_card import write_model_card
 from hf_efcp.train.resume import load_converted, refuse_lost_parameters
+from hf_efcp.train.sparse import SparseTraining
+from hf_efcp.train.sparse_options import sparse_options
 
 logger = logging.getLogger(__name__)
 
 
 class EfcpTrainer(Trainer):
-    """A `Trainer` that differs in three things.
+    """A `Trainer` that differs in four things.
 
     - Resuming, and loading the best model at the end, restores weights that are saved under other names than the
       model's, a ViT's encoder among them (see `hf_efcp.train.resume`). Resuming with a parameter that the
@@ -30,13 +33,25 @@ class EfcpTrainer(Trainer):
     - The model card of a run with an optimizer of this package says with what options it ran and at what cost.
     - A push that the Hub refuses, or that a lost connection ends, is one sentence that says what is safe and what to
       do; Trainer never tells of one that failed during training.
+    - Where its arguments (`EfcpTrainingArguments`) or the launcher ask for it, it trains sparsely, with AGENT's
+      gradient correction, or on adversarial examples (see `hf_efcp.train.sparse`).
 
     Metrics of the optimizer come into the logs of any Trainer by `EfcpCallback`, which importing `hf_efcp.train`
     registers. Decay groups, clipping, scheduling and evaluation are Trainer's. `max_grad_norm` (1.0 by default)
     clips gradients before the optimizer sees them, so a window holds clipped gradients; 0 turns it off.
+
+    Args:
+        adversary (`Callable`, *optional*):
+            Called once for each batch on (model, inputs), at the current weights; returns the inputs to train on.
+            `hf_efcp.train.FGSM` and `PGD` are made for images. Other arguments are those of `Trainer`.
     """
 
     _loading: tuple[str, bool] | None = None
+    _sparse: SparseTraining | None = None
+
+    def __init__(self, *args: Any, adversary: Adversary | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._adversary = adversary
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with self._restoring(resume_from_checkpoint, refuses_losses=True):
@@ -46,6 +61,8 @@ class EfcpTrainer(Trainer):
         # At the end of a run of hours a loss is told, not raised: the last weights are still to be saved.
         with self._restoring(self.state.best_model_checkpoint, refuses_losses=False):
             super()._load_best_model()
+        if self._sparse is not None:
+            self._sparse.load_masks(self.state.best_model_checkpoint)
 
     @contextlib.contextmanager
     def _restoring(self, folder: str, *, refuses_losses: bool) -> Iterator[None]:
@@ -78,6 +95,8 @@ class EfcpTrainer(Trainer):
             return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._sparse is not None:  # Trainer copies the files of the model that it knows
+            self._sparse.save_masks(self.args.output_dir)
         before = self.push_in_progress.jobs[:] if getattr(self, "push_in_progress", None) else []
         super()._push_from_checkpoint(checkpoint_folder)
         if getattr(self, "push_in_progress", None):
@@ -86,6 +105,47 @@ class EfcpTrainer(Trainer):
 
     def _repository(self) -> str:
         return self.hub_model_id or self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir))
+
+    # ---- sparse training
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        self._sparse = None
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        options = sparse_options(self.args, has_adversary=self._adversary is not None)
+        if options is not None:
+            _, steps_per_epoch, *_ = self.set_initial_training_values(self.args, train_dataloader)
+            self._sparse = SparseTraining(self, options, self._adversary, max_steps, steps_per_epoch)
+            if resume_from_checkpoint is not None:
+                self._sparse.load_state(resume_from_checkpoint)
+            self._sparse.start()
+        return prepared
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """See `Trainer.training_step`; in sparse training, corrected and masked."""
+        if self._sparse is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return self._sparse.training_step(super().training_step, model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """See `Trainer.log`; entries of training gain the figures of sparse training."""
+        if self._sparse is not None and "loss" in logs:
+            logs.update(self._sparse.metrics())
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._sparse is not None and self.args.should_save:
+            self._sparse.save_masks(output_dir or self.args.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._sparse is not None:
+            self._sparse.save_state(output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if self._sparse is not None:
+            self._sparse.begin_epoch()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of this package; Trainer's own after another optimizer, or where jinja2 is missing."""

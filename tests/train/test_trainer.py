@@ -172,6 +172,13 @@ def test_the_trainer_overrides_little():
         "init_hf_repo",
         "push_to_hub",
         "_push_from_checkpoint",
+        "__init__",
+        "_prepare_for_training",
+        "training_step",
+        "log",
+        "_save",
+        "_save_optimizer_and_scheduler",
+        "_load_rng_state",
     }
     assert own - set(dir(Trainer)) == {"_restoring", "_repository"}
     assert hf_efcp.train.trainer.EfcpTrainer is EfcpTrainer

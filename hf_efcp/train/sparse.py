@@ -1,0 +1,251 @@
+"""Sparse training inside a Trainer's run: masks, gradient correction and adversary, at the events of its steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
+
+from hf_efcp.sparsity import Sparsifier
+from hf_efcp.train import sparse_files
+from hf_efcp.train.adversary import Adversary, make_adversary
+from hf_efcp.train.callbacks import own_optimizer
+from hf_efcp.train.corrected_step import CorrectedStep, Evaluate
+from hf_efcp.train.random_state import random_state
+from hf_efcp.train.sparse_options import SparseOptions
+
+logger = logging.getLogger(__name__)
+
+_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+
+class SparseTraining:
+    """One run's masks and corrections. `EfcpTrainer` makes it when model and optimizer are ready, and calls it.
+
+    Args:
+        trainer: with model, optimizer and scheduler prepared.
+        options: what the user asked for.
+        adversary: see `EfcpTrainer`.
+        max_steps, steps_per_epoch: of the run.
+
+    Raises:
+        NotImplementedError: the run shards its parameters, or replays recorded graphs.
+        ValueError: settings that do not fit the model, or masks saved with it.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        options: SparseOptions,
+        adversary: Adversary | None,
+        max_steps: int,
+        steps_per_epoch: int,
+    ):
+        refuse_unsupported(trainer, options)
+        self._trainer, self._steps_per_epoch = trainer, steps_per_epoch
+        self.model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        self._adversary = adversary or (make_adversary(options.adversary) if options.adversary else None)
+        self.sparsifier = self._sparsifier(options, max_steps) if options.sparsity is not None else None
+        self.correction = None
+        if options.correction is not None:
+            self.correction = CorrectedStep(
+                trainer, options.correction, self.sparsifier, steps_per_epoch, self._prepared
+            )
+        self._begins_step = True
+        trainer.remove_callback(SparseCallback)  # of an earlier train()
+        trainer.add_callback(SparseCallback(self))
+
+    def _sparsifier(self, options: SparseOptions, max_steps: int) -> Sparsifier:
+        schedule = {"total_steps": max_steps, "steps_per_epoch": self._steps_per_epoch}
+        made = Sparsifier(
+            self.model, options.sparsity, options.method, seed=self._trainer.args.seed, **schedule, **options.settings
+        )
+        source = getattr(self.model, "name_or_path", None)
+        saved = sparse_files.load_masks(source) if "initial" not in options.settings else None
+        if saved is not None:
+            wanted = made.density()
+            made.load_masks(saved)
+            if abs(made.density() - wanted) > 0.005:
+                raise ValueError(
+                    f"The masks saved in {source} have sparsity {1 - made.density():.4f}, and training is to begin at "
+                    f"{1 - wanted:.4f}. Give that sparsity, or new masks with `sparse_args` initial=magnitude."
+                )
+            logger.info("Masks are those saved in %s.", source)
+        if made.method.changes and not any(made.changes_at(step) for step in range(1, max_steps + 1)):
+            logger.warning(
+                "The masks will not change in these %d steps: `%s` changes them every %s steps from step %d to %d. "
+                "`sparse_args` interval, begin and stop say otherwise.",
+                *(max_steps, made.method.name, made.interval, made.method.begin, made.last),
+            )
+        return made
+
+    def start(self) -> None:
+        """Mask the weights of a run that begins or goes on."""
+        if self.sparsifier is not None:
+            self.sparsifier.apply_(self._trainer.optimizer)
+            logger.info("Sparse training: %.4f of %d weights.", self.sparsifier.density(), self.sparsifier.size)
+
+    # ---- steps
+
+    def training_step(self, evaluate: Evaluate, model: nn.Module, inputs: Mapping[str, Any], count: Any) -> Tensor:
+        """Trainer's `training_step` (`evaluate`), adversarial, corrected and masked."""
+        if self._begins_step and self.correction is not None:
+            self.correction.begin_step(evaluate, model)
+        self._begins_step = self._trainer.accelerator.sync_gradients
+        inputs = self._prepared(model, inputs)
+        if self.correction is None:
+            loss = evaluate(model, inputs, count)
+        else:
+            loss = self.correction.micro_batch(evaluate, model, inputs, count)
+        if self._begins_step:
+            self._finish_gradients()
+        return loss
+
+    def _finish_gradients(self) -> None:
+        # Here and not in a callback: gradients are clipped before the first callback after the backward pass.
+        if self.correction is not None:
+            self.correction.finish_gradients()
+        elif self.sparsifier is not None:
+            self.sparsifier.observe_()
+        if self.sparsifier is not None:
+            self.sparsifier.mask_gradients_()
+
+    def _prepared(self, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch, attacked at today's weights. Gradients that an adversary leaves behind are thrown away."""
+        if self._adversary is None:
+            return inputs
+        inputs = self._trainer._prepare_inputs(inputs)
+        gradients = [(p, p.grad) for p in self.model.parameters()]
+        for p, _ in gradients:
+            p.grad = None
+        try:
+            # Not the wrapper of several processes, which waits for a backward pass after each forward.
+            model.train()
+            return self._adversary(self._trainer.accelerator.unwrap_model(model), inputs)
+        finally:
+            for p, gradient in gradients:
+                p.grad = gradient
+
+    def begin_epoch(self) -> None:
+        """Note where the random generators stand when an epoch's data loader is started; not in the middle of one."""
+        if self.correction is not None and self._trainer.state.global_step % self._steps_per_epoch == 0:
+            self.correction.epoch_state = random_state()
+
+    # ---- figures and files
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for the log. Waits for the device."""
+        figures = {}
+        if self.sparsifier is not None:
+            figures["sparse_density"] = self.sparsifier.density()
+            figures["sparse_exploration"] = self.sparsifier.exploration()
+            figures["sparse_changes"] = self.sparsifier.changes
+        if self.correction is not None:
+            figures["agent_coefficient"] = self.correction.coefficient
+            figures["agent_slope"] = self.correction.core.slope.slope
+            if self.correction.core.slope.newest is not None:
+                figures["agent_newest_slope"] = self.correction.core.slope.newest
+        return figures
+
+    def save_masks(self, folder: str) -> None:
+        """Write the masks beside the weights."""
+        if self.sparsifier is not None:
+            sparse_files.save_masks(self.sparsifier.packed_masks(), folder)
+
+    def load_masks(self, folder: str) -> None:
+        """Take over a checkpoint's masks, with its weights in place."""
+        masks = sparse_files.load_masks(folder) if self.sparsifier is not None else None
+        if masks is not None:
+            self.sparsifier.load_masks(masks)
+
+    def save_state(self, folder: str) -> None:
+        """Write what resuming needs; the first process what all share, each its own random state."""
+        args = self._trainer.args
+        if self.correction is not None:
+            sparse_files.save_random(self.correction.epoch_state, folder, args.process_index)
+        if args.should_save:
+            parts = {"sparsifier": self.sparsifier, "correction": self.correction and self.correction.core}
+            sparse_files.save_state({name: part and part.state_dict() for name, part in parts.items()}, folder)
+
+    def load_state(self, folder: str) -> None:
+        """Go on where a checkpoint was written.
+
+        Raises:
+            RuntimeError: it has no masks: they would be others than those it was trained with.
+        """
+        state = sparse_files.load_state(folder)
+        if state is None or (self.sparsifier is not None and state["sparsifier"] is None):
+            self._load_masks_alone(folder)
+            return
+        if self.sparsifier is not None:
+            self.sparsifier.load_state_dict(state["sparsifier"])
+        if self.correction is not None and state["correction"] is not None:
+            self.correction.core.load_state_dict(state["correction"])
+            saved = sparse_files.load_random(folder, self._trainer.args.process_index)
+            self.correction.epoch_state = saved or self.correction.epoch_state
+
+    def _load_masks_alone(self, folder: str) -> None:
+        if self.sparsifier is None:
+            return
+        masks = sparse_files.load_masks(folder)
+        if masks is None:
+            raise RuntimeError(
+                f"{folder} holds no masks, so it was not trained sparsely. To make its weights sparse, load them with "
+                "from_pretrained and start a run, without resume_from_checkpoint."
+            )
+        logger.warning(
+            "%s was saved with save_only_model: schedules go on, snapshot and exploration begin anew.", folder
+        )
+        self.sparsifier.load_masks(masks)
+        self.sparsifier.step = self._trainer.state.global_step
+
+
+class SparseCallback(TrainerCallback):
+    """Trainer's events around the optimizer's step, for `SparseTraining`."""
+
+    def __init__(self, training: SparseTraining):
+        self._training = training
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self._training.begin_epoch()
+
+    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        sparsifier = self._training.sparsifier
+        if sparsifier is not None and sparsifier.replaces_step:
+            for parameter in model.parameters():
+                parameter.grad = None  # optimizers leave a parameter without a gradient as it is
+
+    def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        if self._training.sparsifier is not None:
+            skipped = bool(getattr(optimizer, "step_was_skipped", False))
+            self._training.sparsifier.finish_step_(optimizer, skipped=skipped)
+
+
+def refuse_unsupported(trainer: Trainer, options: SparseOptions) -> None:
+    """Raise `NotImplementedError` by name where masks or swapped weights cannot work."""
+    advice = "Train on one process or with DDP (torchrun), which keep whole parameters."
+    if trainer.is_fsdp_enabled or trainer.args.fsdp:
+        raise NotImplementedError(f"Sparse training does not work with FSDP, which shards parameters. {advice}")
+    if trainer.is_deepspeed_enabled:
+        raise NotImplementedError(f"Sparse training does not work with DeepSpeed (ZeRO). {advice}")
+    if trainer.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+        raise NotImplementedError("Sparse training needs gradients after the backward pass; LOMO keeps none.")
+    if any(hasattr(p, "device_mesh") for p in trainer.model.parameters()):
+        raise NotImplementedError(f"Sparse training does not work with parameters that are sharded (DTensor). {advice}")
+    if options.correction is None:
+        return
+    if trainer.args.torch_compile and trainer.args.torch_compile_mode in _GRAPH_MODES:
+        raise NotImplementedError(
+            f"gradient_correction swaps weights, which CUDA graphs do not see: use torch_compile_mode=default instead "
+            f"of {trainer.args.torch_compile_mode}."
+        )
+    optimizer = own_optimizer(trainer.optimizer)
+    if optimizer is not None and hasattr(optimizer, "explain_parameters"):
+        raise NotImplementedError(
+            f"gradient_correction does not work with {type(optimizer).__name__}, whose curvature statistics would take "
+            "in the snapshot's. Use efcp_mfac, or train without gradient_correction."
+        )
