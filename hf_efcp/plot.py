@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,18 +129,51 @@ def _evaluation(history: Sequence[dict[str, Any]]) -> Panel:
     return Panel("validation metrics", {name: name.removeprefix("eval_").replace("_", " ") for name in kept})
 
 
-def draw(panels: Sequence[Panel], history: Sequence[dict[str, Any]], *, title: str) -> Any:
-    """A matplotlib figure with one axis for each panel; needs no display."""
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches; needs no display. Raises `ModuleNotFoundError` without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("hf-efcp plot needs matplotlib: pip install 'hf-efcp[hf]'") from None
+        raise ModuleNotFoundError("Pictures need matplotlib: pip install 'hf-efcp[hf]'") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def spectrum_curves(spectra: Mapping[str, Sequence[float]]) -> Any:
+    """Eigenvalues over their rank, a curve each, by decades."""
+    figure = new_figure(5.6, 3.4)
+    axis = figure.subplots()
+    for label, values in spectra.items():
+        axis.plot(range(1, len(values) + 1), values, label=label, marker="." if len(values) < _MARKED else None)
+    axis.set(xlabel="rank", ylabel="eigenvalue")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    _scale_by_decades(axis, [value for values in spectra.values() for value in values])
+    axis.legend(fontsize=8, framealpha=0.6)
+    return figure
+
+
+def bars(values: Mapping[str, float], *, unit: str) -> Any:
+    """One horizontal bar a value, with its figure."""
+    figure = new_figure(5.6, 0.6 + 0.42 * len(values))
+    axis = figure.subplots()
+    drawn = axis.barh(list(values), list(values.values()), color="#4c78a8")
+    axis.bar_label(drawn, labels=[f"{value:,.4g} {unit}" for value in values.values()], padding=3, fontsize=8)
+    axis.set_xlim(0, 1.25 * max(values.values()))
+    axis.set_xlabel(unit)
+    axis.invert_yaxis()
+    return figure
+
+
+def draw(panels: Sequence[Panel], history: Sequence[dict[str, Any]], *, title: str) -> Any:
+    """A matplotlib figure with one axis for each panel."""
     n_columns = min(_COLUMNS, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
-    figure = Figure(figsize=(4.6 * n_columns, 3.0 * n_rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure = new_figure(4.6 * n_columns, 3.0 * n_rows + 0.4)
+    if title:
+        figure.suptitle(title)
     axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     last = max(entry["step"] for entry in history)
     for axis, panel in zip(axes, panels, strict=False):

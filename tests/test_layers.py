@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "hf_efcp").rglob("*.py"))
-LAYERS = {"ops": 0, "curvature": 1, "sparsity": 1, "parallel": 1, "optim": 2, "train": 3}  # all else: 4
+LAYERS = {"ops": 0, "curvature": 1, "sparsity": 1, "parallel": 1, "optim": 2, "plot": 2, "train": 3}  # else 4
 HUGGING_FACE = {"transformers", "accelerate", "datasets", "evaluate", "huggingface_hub"}
 KERNELS = {"triton", "numba"}
 

@@ -115,6 +115,17 @@ def evaluation_metrics(entry: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def last_evaluation(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The row of the last evaluation, empty where there was none."""
+    return next((row for row in reversed(rows) if evaluation_metrics(row)), {})
+
+
+def readable(name: str) -> str:
+    """A log entry's name as a reader knows it."""
+    named = {"loss": "training loss", "eval_loss": "validation loss"}
+    return named.get(name, name.removeprefix("eval_").replace("_", " "))
+
+
 def hardware(device: torch.device) -> str:
     """The processor that `device` is, in words."""
     if device.type == "cuda":

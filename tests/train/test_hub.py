@@ -124,6 +124,7 @@ def test_what_was_pushed_is_what_was_trained(hub, run):
     assert pushed.keys() == trained.keys()
     assert all(torch.equal(pushed[name], trained[name]) for name in trained)
     assert {"README.md", "config.json", "training_args.bin", "last-checkpoint/optimizer.pt"} <= files.keys()
+    assert {"figures/loss.png", "figures/spectrum.png", "figures/memory.png"} <= files.keys()
     assert not [path for path in files if path.startswith("checkpoint-")]
     everything = b"".join(content for path, content in files.items() if path.endswith((".md", ".json")))
     assert TOKEN.encode() not in everything
@@ -190,8 +191,13 @@ def test_a_long_reason_is_cut_and_paths_are_quoted():
 
 
 def test_an_inner_failure_is_found():
-    with pytest.raises(PushError, match="a/b did not get through: gone"), told_plainly("a/b", "out"):
+    """The client wraps what happened to a large file."""
+
+    def upload():
         try:
             raise ConnectionError("gone")
         except ConnectionError as error:
             raise RuntimeError("Error while uploading a file") from error
+
+    with pytest.raises(PushError, match="a/b did not get through: gone"), told_plainly("a/b", "out"):
+        upload()
