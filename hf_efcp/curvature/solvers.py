@@ -11,14 +11,25 @@ def mean_eigenvalue(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).mean(-1) / gram.shape[-1]
 
 
-def cancellation(gram: Tensor, coefficients: Tensor) -> Tensor:
-    """How much longer the terms of `Gᵀc` are together than their sum, `Σ|c_i|·|g_i| / |Gᵀc|`, (…).
+def cancels(gram: Tensor, coefficients: Tensor, row: Tensor, limit: float) -> bool:
+    """Whether the terms of `Gᵀc` are together more than `limit` times as long as their sum, in any system.
 
-    A sum in float32 has this many times its rounding error. Nearly parallel rows and little damping make it large.
+    A sum in float32 has `Σ|c_i|·|g_i| / |Gᵀc|` times its rounding error. Nearly parallel rows and little damping make
+    that large. `|Gᵀc| ≥ |g_row·Gᵀc|/|g_row|`, so one row of the Gram matrix mostly shows that it is not, in O(m);
+    only where that does not suffice is the whole matrix read. The host waits for the answer.
+
+    Args:
+        gram: `GGᵀ`, (…, m, m) float64.
+        coefficients: (…, m) float64.
+        row: () int64, any row; best one along which the sum is long.
     """
-    terms = (coefficients.abs() * gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()).sum(-1)
+    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    terms = (coefficients.abs() * lengths).sum(-1)
+    along = (coefficients * gram.select(-2, row)).sum(-1).abs()
+    if (terms * lengths.select(-1, row) <= limit * along).all():
+        return False
     squared = (coefficients * (gram @ coefficients[..., None]).squeeze(-1)).sum(-1)
-    return terms / squared.clamp_min(0).sqrt()
+    return bool((terms > limit * squared.clamp_min(0).sqrt()).any())
 
 
 def woodbury_solve(gram: Tensor, rhs: Tensor, damping: Tensor | float) -> Tensor:

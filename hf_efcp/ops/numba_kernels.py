@@ -127,14 +127,14 @@ def _select(x, k, n_parts, guess, maxima, found, found_keys, chosen):
     for i in range(n_groups):  # no branch: which groups are open is not predictable
         chosen[n_open] = i
         n_open += maxima[i] >= bound
-    n_found = 0
-    for group in range(n_open):
-        for part in range(n_parts):
-            i = chosen[group] + part * n_groups
-            key = bits[i] & np.int32(0x7FFFFFFF)
-            if key >= bound:  # mostly not
-                found[n_found], found_keys[n_found] = i, key
-                n_found += 1
+    n_found = n_open * n_parts
+    for part in range(n_parts):  # all entries of the open groups
+        first = np.int32(part * n_groups)
+        part_bits = bits[first : first + n_groups]
+        keys, places = found_keys[part * n_open : (part + 1) * n_open], found[part * n_open : (part + 1) * n_open]
+        for group in range(n_open):
+            keys[group] = part_bits[np.uint32(chosen[group])] & np.int32(0x7FFFFFFF)
+            places[group] = chosen[group] + first
     smallest, n_reached = _lower_bound(found_keys[:n_found], k, 0, max(bound, 1))
     if n_reached > k:
         smallest += 1  # ties: those above first

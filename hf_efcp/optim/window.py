@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efcp.curvature.solvers import cancellation
+from hf_efcp.curvature.solvers import cancels
 from hf_efcp.optim.apply import apply_
 from hf_efcp.optim.base import EfcpOptimizer, flat_parameters
 from hf_efcp.optim.budget import fit_budget
@@ -199,7 +199,7 @@ class WindowOptimizer(EfcpOptimizer):
             dots = segments.gather([s.window.dots(x) for s, x in zip(segments, targets, strict=True)], device)
         coefficients, weight = self._solve(shared, gram, row, dots)
         # Beyond 50, a sum in float32 would lose 1e-5 of the update; elsewhere than on the CPU the host cannot look.
-        if not (self._reads(accept) and (cancellation(gram, coefficients) > 50).any()):
+        if not (self._reads(accept) and cancels(gram, coefficients, row, 50)):
             coefficients = coefficients.float()
         for segment, update, part in zip(segments, scratch, segments.scatter(coefficients), strict=True):
             segment.window.combine(part, update)

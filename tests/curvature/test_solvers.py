@@ -4,7 +4,14 @@ import oracles
 import pytest
 import torch
 
-from hf_efcp.curvature.solvers import SlidingInverse, mean_eigenvalue, spectral_solve, spectral_weights, woodbury_solve
+from hf_efcp.curvature.solvers import (
+    SlidingInverse,
+    cancels,
+    mean_eigenvalue,
+    spectral_solve,
+    spectral_weights,
+    woodbury_solve,
+)
 
 
 def rows_of(m, d=60, *, noise=0.3, seed=0):
@@ -41,6 +48,24 @@ def test_systems_are_solved_one_by_one_in_a_batch():
     solved = woodbury_solve(grams, rhs, dampings)
     for i in range(3):
         torch.testing.assert_close(solved[i], woodbury_solve(grams[i], rhs[i], dampings[i]))
+
+
+@pytest.mark.parametrize("noise", [1e-4, 1e-2, 0.3, 10.0])
+@pytest.mark.parametrize("damping", [1e-7, 1e-2])
+def test_cancellation_is_seen_from_the_gram_matrix(noise, damping):
+    """`Σ|c_i|·|g_i|` against `|Gᵀc|` from the rows themselves; in a batch, the worst system counts."""
+    batch = torch.stack([rows_of(12, noise=noise), rows_of(12, noise=10.0, seed=1)])
+    grams, unit, row = batch @ batch.mT, torch.zeros(2, 12, dtype=torch.float64), torch.tensor(5)
+    unit[:, 5] = 12
+    c = woodbury_solve(grams, unit, damping)
+    terms, total = (c.abs() * batch.norm(dim=-1)).sum(-1), (c[:, None] @ batch).squeeze(1).norm(dim=-1)
+    worst = (terms / total).max()
+    for limit in (worst * 1.01, worst * 0.99, worst * 10, 1.0):
+        assert cancels(grams, c, row, float(limit)) == (worst > limit)
+
+
+def test_sums_of_nothing_do_not_cancel():
+    assert not cancels(torch.zeros(1, 3, 3).double(), torch.zeros(1, 3).double(), torch.tensor(0), 50)
 
 
 @pytest.mark.parametrize("filled", [1, 5, 12])
