@@ -96,7 +96,7 @@ class _ExactRing:
         return self.values.double() @ x.double()
 
     def combine(self, weights: Tensor, out: Tensor) -> None:
-        out.copy_(self.values.T.to(weights.dtype) @ weights)
+        out.add_(self.values.T.to(weights.dtype) @ weights)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"values": self.values}
@@ -155,7 +155,7 @@ class _FactoredRing:
     def combine(self, weights: Tensor, out: Tensor) -> None:
         rows, window, rank = self.left.shape
         scaled = (self.left.to(weights.dtype) * weights[:, None]).view(rows, window * rank)
-        out.view(rows, -1).copy_(scaled @ self.right.to(weights.dtype).view(-1, window * rank).T)
+        out.view(rows, -1).add_(scaled @ self.right.to(weights.dtype).view(-1, window * rank).T)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"left": self.left, "right": self.right, "residual": self.residual}

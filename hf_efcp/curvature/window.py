@@ -4,7 +4,7 @@ All of them, and `lowrank.LowRankWindow`, speak one language, in flat vectors of
 
     push     row j of G ← compress(residual + g);  residual ← residual + g − row;  the new row of GGᵀ
     dots     G x, the only thing that crosses devices
-    combine  Gᵀ coefficients
+    combine  out ← out + Gᵀ coefficients
 
 There is one system for the whole model, or one for each parameter: `(S, m)` below has S = 1 or a row a parameter.
 
@@ -40,7 +40,7 @@ class Window(Protocol):
         """`G x` for a (size,) float32 vector: (S, m) float64."""
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
-        """Write `Gᵀ coefficients` to `out`, (size,) float32, for (S, m) coefficients; summed in their dtype."""
+        """Add `Gᵀ coefficients` to `out`, (size,) float32, for (S, m) coefficients; summed in their dtype."""
 
     def views(self) -> list[dict[str, Tensor]]:
         """What lives between steps: for each parameter its tensors, views of the buffers, by name."""
@@ -93,7 +93,7 @@ class DenseWindow:
         for weights, span in zip(coefficients, self._spans, strict=True):
             pieces = zip(self.values[:, span].split(self._piece, dim=1), out[span].split(self._piece), strict=True)
             for values, piece in pieces:
-                piece.copy_(values.T.to(weights.dtype) @ weights)
+                piece.add_(values.T.to(weights.dtype) @ weights)
 
     def views(self) -> list[dict[str, Tensor]]:
         return [{"values": self.values[:, r.start : r.stop]} for r in self.layout.ranges]
@@ -179,7 +179,7 @@ class BlockTopKWindow:
         return torch.stack([ops.window_dots(indices, values, x[s], scales) for s, indices, values, scales in parts])
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
-        sums = out.zero_() if coefficients.dtype is torch.float32 else torch.zeros_like(out, dtype=torch.float64)
+        sums = out.to(coefficients.dtype)
         blocks = self._blocks(sums)
         for weights, (span, indices, values, scales) in zip(coefficients, self._parts(), strict=True):
             ops.window_combine_(blocks[span], indices, values, weights, scales)
@@ -257,10 +257,11 @@ class GlobalTopKWindow:
         return torch.stack(dots)[None]
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
-        sums = torch.zeros_like(out, dtype=coefficients.dtype)
+        sums = out.to(coefficients.dtype)
         for indices, values, weight in zip(self.indices, self.values, coefficients[0], strict=True):
             sums.index_add_(0, indices, values.to(sums.dtype) * weight)
-        out.copy_(sums)
+        if sums is not out:
+            out.copy_(sums)
 
     def views(self) -> list[dict[str, Tensor]]:
         return [{"residual": residual} for residual in self.layout.split(self.residual)]

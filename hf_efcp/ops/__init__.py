@@ -1,13 +1,14 @@
-"""The hot loops: block top-k with error feedback, window dots, window combine.
+"""The hot loops: block top-k with error feedback, window dots, window combine, Adam's moments.
 
-`torch_ops` is the definition; every other backend must equal it to rounding. `backend` chooses.
+`torch_ops` and `torch_moments` are the definition; every other backend must equal it to rounding. `backend` chooses.
 """
 
-from hf_efcp.ops import torch_ops
+from hf_efcp.ops import torch_moments, torch_ops
 from hf_efcp.ops.backend import on_backend
 from hf_efcp.ops.torch_ops import dequantize_int8, unpack_int4
 
 accumulate_topk_ = on_backend(torch_ops.accumulate_topk_)
+adam_ = on_backend(torch_moments.adam_)
 push_topk_ = on_backend(torch_ops.push_topk_)
 row_dots = on_backend(torch_ops.row_dots)
 window_combine_ = on_backend(torch_ops.window_combine_)
@@ -15,6 +16,7 @@ window_dots = on_backend(torch_ops.window_dots)
 
 __all__ = [
     "accumulate_topk_",
+    "adam_",
     "dequantize_int8",
     "push_topk_",
     "row_dots",

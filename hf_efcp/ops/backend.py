@@ -29,11 +29,11 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def on_backend(function: Function) -> Function:
-    """A function of `torch_ops`, or its namesake of the backend that serves its first tensor."""
+    """A function in plain torch, or its namesake of the backend that serves its first tensor and has one."""
 
     @functools.wraps(function)
     def call(tensor, *args, **kwargs):
-        return getattr(backend_of(tensor), function.__name__)(tensor, *args, **kwargs)
+        return getattr(backend_of(tensor), function.__name__, function)(tensor, *args, **kwargs)
 
     return call
 

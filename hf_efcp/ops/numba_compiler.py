@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`numba.njit` for kernels, cached beside their file or, where that is read-only, in the user's cache directory.
 
-    The cache of a kernel is as old as its file: kernels that call each other stand in one file.
+    The cache of a kernel is as old as its file: kernels that call each other stand in one file, and who changes
+    `numba_formats` touches the files that import it.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

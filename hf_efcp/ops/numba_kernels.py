@@ -9,50 +9,9 @@ and fusing the float64 sums.
 from __future__ import annotations
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from hf_efcp.ops.numba_compiler import compiled
-
-
-def _as_float32(x):
-    """The number, a bfloat16 from its bits; an integer as it is."""
-    raise NotImplementedError  # compiled code only
-
-
-@overload(_as_float32, inline="always")
-def _(x):
-    if x == types.uint16:
-        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
-    return lambda x: np.float32(x)
-
-
-def _rounded(x, scale, like):
-    """`x/scale` as an element of the array `like`; floats have scale 1. Ties go to even numbers, as torch's do."""
-    raise NotImplementedError  # compiled code only
-
-
-@overload(_rounded)
-def _(x, scale, like):
-    if like.dtype == types.uint16:
-
-        def to_bfloat16(x, scale, like):
-            bits = np.float32(x).view(np.uint32)
-            if x != x:
-                return np.uint16(0x7FC0)
-            return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-        return to_bfloat16
-    if like.dtype == types.int8:
-
-        def to_int8(x, scale, like):
-            if scale == 0:
-                return np.int8(0)
-            return np.int8(min(max(np.rint(x / scale), np.float32(-127)), np.float32(127)))
-
-        return to_int8
-    return lambda x, scale, like: np.float32(x)
-
+from hf_efcp.ops.numba_formats import as_float32, rounded
 
 # ------------------------------------------------------------------- selection
 
@@ -159,7 +118,7 @@ def _read_sum(out, residual, grid, gradient):
     n = len(out)
     if grid is None:
         for i in range(n):
-            out[i] = _as_float32(residual[i]) + gradient[i]
+            out[i] = as_float32(residual[i]) + gradient[i]
     else:
         step, zero, half = grid[0], grid[1], n // 2
         for i in range(half):
@@ -179,7 +138,7 @@ def _write(residual, grid, x):
     """`residual = x` for one block, rounded to its format."""
     if grid is None:
         for i in range(len(x)):
-            residual[i] = _rounded(x[i], np.float32(1), residual)
+            residual[i] = rounded(x[i], np.float32(1), residual)
     else:
         low, high = np.float32(0), np.float32(0)
         for i in range(len(x)):
@@ -229,8 +188,8 @@ def accumulate_topk(start, stop, group, residual, grid, gradient, n_parts, indic
             x, taken = sums[member], chosen[member]
             for j in range(k):
                 indices[b, j] = taken[j]
-                values[b, j] = _rounded(x[taken[j]], scale, values)
-                x[taken[j]] -= _as_float32(values[b, j]) * scale
+                values[b, j] = rounded(x[taken[j]], scale, values)
+                x[taken[j]] -= as_float32(values[b, j]) * scale
             _write(residual[b], None if grid is None else grid[b], x)
 
 
@@ -251,7 +210,7 @@ def _add_dots(out, block, indices, values, scales):
         scale = np.float32(1) if scales is None else scales[row]
         total = 0.0
         for j in range(indices.shape[1]):
-            stored = _as_float32(values[row, j]) * scale
+            stored = as_float32(values[row, j]) * scale
             total += np.float64(block[indices[row, j]]) * np.float64(stored)
         out[row] += total
 
@@ -281,7 +240,7 @@ def row_dots(start, stop, piece, indices, values, scales, group, row, block_size
         for b in range(number * piece, min((number + 1) * piece, len(indices))):
             scale = np.float32(1) if scales is None else scales[b // group, row]
             for j in range(indices.shape[2]):
-                block[indices[b, row, j]] = _as_float32(values[b, row, j]) * scale
+                block[indices[b, row, j]] = as_float32(values[b, row, j]) * scale
             _add_dots(out[number], block, indices[b], values[b], None if scales is None else scales[b // group])
             for j in range(indices.shape[2]):
                 block[indices[b, row, j]] = np.float32(0)
@@ -297,4 +256,4 @@ def window_combine(start, stop, indices, values, scales, group, weights, out):
             weight = weights[row]
             scale = np.float32(1) if scales is None else scales[b // group, row]
             for j in range(k):
-                block[indices[b, row, j]] += weight * (_as_float32(values[b, row, j]) * scale)
+                block[indices[b, row, j]] += weight * (as_float32(values[b, row, j]) * scale)

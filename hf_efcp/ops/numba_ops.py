@@ -1,4 +1,4 @@
-"""Window operations for the CPU, compiled by numba: the functions of `torch_ops`, to rounding, and much faster.
+"""Operations for the CPU, compiled by numba: the functions of `torch_ops` and `torch_moments`, to rounding, and faster.
 
 Blocks are shared out over `torch.get_num_threads()` threads. The result does not depend on their number: each block
 is one thread's, and sums over blocks are taken piece by piece in a fixed order.
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_efcp.ops import numba_kernels
+from hf_efcp.ops import numba_kernels, numba_moments
+from hf_efcp.ops.torch_moments import ADAM_EPS
 
 # A tenth of a millisecond's work, in entries: below, waking a thread costs more than it saves.
 _WORTH_A_THREAD = 1 << 18
@@ -111,6 +112,21 @@ def window_combine_(
     arrays = (_array(indices), _array(values), _array(scales), _group(indices, scales), weights, _array(out))
     _share(numba_kernels.window_combine, len(indices), indices.numel(), *arrays)
     return out
+
+
+def adam_(
+    update: Tensor, first: Tensor, second: Tensor, step: Tensor, accept: Tensor, *, beta1: float, beta2: float
+) -> Tensor:
+    """See `torch_moments.adam_`."""
+    if not accept:
+        return update.zero_()
+    count = int(step)
+    seed = np.uint32(count * 0x3C6EF35F & 0xFFFFFFFF)
+    rates = np.float32(1 - beta1), np.float32(1 - beta2)
+    corrections = np.float32(1 - beta1**count), np.float32(1 - beta2**count)
+    arrays = (_array(update), _array(first), _array(second))
+    _share(numba_moments.adam, len(update), len(update), *arrays, seed, rates, corrections, np.float32(ADAM_EPS))
+    return update
 
 
 def _group(indices: Tensor, scales: Tensor | None) -> int:

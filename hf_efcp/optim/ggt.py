@@ -106,7 +106,7 @@ class GGT(WindowOptimizer):
             if not self._keeps_gradient:
                 one = torch.zeros(1, self.defaults["window"], device=segment.device)
                 one.index_fill_(1, row.to(segment.device)[None], 1.0)
-                segment.window.combine(one.expand(segment.n_systems, -1), newest)
+                segment.window.combine(one.expand(segment.n_systems, -1), newest.zero_())
                 gradient = newest
             share = torch.where(accept.to(segment.device), 1 - self.defaults["beta1"], 0.0)
             averages.append(segment.moments["average"].lerp_(gradient, share.to(gradient.dtype)))

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hf_efcp import ops
 from hf_efcp.optim.segment import Segment, Segments
 
-_ADAM_EPS = 1e-8  # AdamW's default in torch and in transformers
 _CHUNK = 1 << 18  # entries at a time: temporaries stay in cache
 
 
@@ -56,33 +56,15 @@ def adam_(
         accept: () whether this step counts; where false, the moments stay as they are and the updates become zero.
     """
     for update, segment in zip(updates, segments, strict=True):
-        keep, count = accept.to(segment.device), step.to(segment.device, torch.float64)
-        correction1, correction2 = ((1 - beta**count).float() for beta in (beta1, beta2))
-        for u, (first, second) in _chunks(segment, update, "exp_avg", "exp_avg_sq"):
-            mean = first.float().lerp(u, 1 - beta1)
-            square = second.float().lerp(u.square(), 1 - beta2)
-            first.copy_(torch.where(keep, mean, first.float()))
-            second.copy_(torch.where(keep, _rounded(square, second.dtype, step), second.float()))
-            direction = mean.div_(correction1).div_(square.div_(correction2).sqrt_().add_(_ADAM_EPS))
-            torch.where(keep, direction, direction.new_zeros(()), out=u)
+        moments = segment.moments["exp_avg"], segment.moments["exp_avg_sq"]
+        on_device = step.to(segment.device), accept.to(segment.device)
+        ops.adam_(update, *moments, *on_device, beta1=beta1, beta2=beta2)
 
 
 def _chunks(segment: Segment, update: Tensor, *names: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
     moments = [segment.moments[name].split(_CHUNK) for name in names]
     for u, *stored in zip(update.split(_CHUNK), *moments, strict=True):
         yield u, stored
-
-
-def _rounded(x: Tensor, dtype: torch.dtype, step: Tensor) -> Tensor:
-    """`x` rounded to bfloat16 stochastically, as float32; as it is for float32.
-
-    The noise is a hash of the value's own bits and the step: no generator, so that resume and ranks agree.
-    """
-    if dtype is torch.float32:
-        return x
-    bits = x.view(torch.int32)
-    noise = ((bits ^ step.to(bits.device, torch.int32) * 0x3C6EF35F) * -0x61C88647 >> 8) & 0xFFFF
-    return (bits + noise & -0x10000).view(torch.float32)
 
 
 def _ratio(target: float, value: Tensor) -> Tensor:

@@ -201,12 +201,16 @@ class WindowOptimizer(EfcpOptimizer):
         # Beyond 50, a sum in float32 would lose 1e-5 of the update; elsewhere than on the CPU the host cannot look.
         if not (self._reads(accept) and cancels(gram, coefficients, row, 50)):
             coefficients = coefficients.float()
-        for segment, update, part in zip(segments, scratch, segments.scatter(coefficients), strict=True):
-            segment.window.combine(part, update)
-        if targets is not None:
-            for segment, update, target, part in zip(segments, scratch, targets, segments.scatter(weight), strict=True):
-                _add_(update, target, part, segment)
-        return scratch
+        updates = [x.zero_() for x in scratch] if targets is None else self._own(targets, gradients, scratch)
+        for number, (segment, part) in enumerate(zip(segments, segments.scatter(coefficients), strict=True)):
+            if targets is not None:
+                _scale_(updates[number], segments.scatter(weight)[number], segment)
+            segment.window.combine(part, updates[number])
+        return updates
+
+    def _own(self, targets: list[Tensor], gradients: list[Tensor], scratch: list[Tensor]) -> list[Tensor]:
+        """The targets, to be written over: the step's copy of the gradient itself, but a copy of what is state."""
+        return targets if targets is gradients else [x.copy_(y) for x, y in zip(scratch, targets, strict=True)]
 
     @property
     def _keeps_gradient(self) -> bool:
@@ -264,11 +268,10 @@ class WindowOptimizer(EfcpOptimizer):
         return {name: float(value) for name, value in figures.items()}
 
 
-def _add_(update: Tensor, target: Tensor, weights: Tensor, segment: Segment) -> None:
-    """`update += weight·target`, with one weight or one for each parameter."""
+def _scale_(update: Tensor, weights: Tensor, segment: Segment) -> None:
+    """`update *= weight`, with one weight or one for each parameter."""
     weights = weights.to(update.dtype)
     if len(weights) == 1:
-        update.addcmul_(target, weights)
-        return
-    for part, x, weight in zip(segment.layout.split(update), segment.layout.split(target), weights, strict=True):
-        part.addcmul_(x, weight)
+        update.mul_(weights)
+    else:
+        torch._foreach_mul_(segment.layout.split(update), list(weights.unbind()))

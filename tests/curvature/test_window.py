@@ -49,7 +49,7 @@ def push(segment, step, accept=True, gradient=None):
 
 
 def combine(segment, weights):
-    out = torch.full((segment.layout.size,), float("nan"))  # nor a combine
+    out = torch.zeros(segment.layout.size)
     segment.window.combine(weights.expand(segment.n_systems, -1), out)
     return out.double()
 
@@ -74,6 +74,18 @@ def test_dots_and_sums_are_those_of_the_matrix(kind):
     weights = torch.tensor([0.5, -1.0, 2.0, 3.0], dtype=torch.float64)
     torch.testing.assert_close(segment.window.dots(x).sum(0), g @ x.double(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(combine(segment, weights), g.T @ weights, rtol=1e-5, atol=1e-5)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_are_added_to_what_is_there(kind, dtype):
+    segment = segment_of(kind)
+    for step in range(6):
+        push(segment, step)
+    weights, start = torch.tensor([1.0, -0.5, 2.0, 0.1], dtype=dtype), gradient_of(segment, 77)
+    out = start.clone()
+    segment.window.combine(weights.expand(segment.n_systems, -1), out)
+    torch.testing.assert_close(out.double(), start.double() + combine(segment, weights), rtol=1e-5, atol=1e-6)
 
 
 @each_kind
@@ -149,7 +161,7 @@ def test_one_system_for_each_parameter_has_the_parts_of_the_sum(kind):
         assert parts.shape == (len(SHAPES), 4)
         torch.testing.assert_close(parts.sum(0), products[0])
     weights = torch.eye(len(SHAPES), 4, dtype=torch.float64)
-    out = torch.empty(layered.layout.size)
+    out = torch.zeros(layered.layout.size)
     layered.window.combine(weights, out)
     for number, part in enumerate(layered.layout.split(out)):
         assert torch.equal(part.double(), layered.layout.split(combine(whole, weights[number]))[number])

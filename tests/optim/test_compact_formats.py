@@ -21,7 +21,7 @@ def residual_of(optimizer: MFAC) -> torch.Tensor:
 
 def newest_row(optimizer: MFAC, step: int) -> torch.Tensor:
     segment = next(iter(optimizer._segments))
-    one, out = torch.zeros(1, WINDOW), torch.empty(segment.layout.size)
+    one, out = torch.zeros(1, WINDOW), torch.zeros(segment.layout.size)
     one[0, step % WINDOW] = 1
     segment.window.combine(one, out)
     return segment.layout.split(out)[0]

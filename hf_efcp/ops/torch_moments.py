@@ -1,0 +1,47 @@
+"""Adam's moments in plain torch: the definition that compiled backends must equal, as in `torch_ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ADAM_EPS = 1e-8  # AdamW's default in torch and in transformers
+_CHUNK = 1 << 18  # entries at a time: temporaries stay in cache
+
+
+def adam_(
+    update: Tensor, first: Tensor, second: Tensor, step: Tensor, accept: Tensor, *, beta1: float, beta2: float
+) -> Tensor:
+    """Replace `update` by Adam's direction over it (arXiv 1412.6980).
+
+    Moments in bfloat16 are rounded to the nearest (first) and stochastically (second): an average with β₂ = 0.999
+    changes by less than half a step of bfloat16 and would stand still.
+
+    Args:
+        update: (n,) float32, changed in place and returned.
+        first, second: (n,) float32 or bfloat16, the moments, changed in place.
+        step: () number of steps taken, this one included.
+        accept: () bool; where false, the moments stay as they are and the update becomes zero.
+    """
+    count = step.double()
+    correction1, correction2 = ((1 - beta**count).float() for beta in (beta1, beta2))
+    for u, m, v in zip(update.split(_CHUNK), first.split(_CHUNK), second.split(_CHUNK), strict=True):
+        mean = m.float().lerp(u, 1 - beta1)
+        square = v.float().lerp(u.square(), 1 - beta2)
+        m.copy_(torch.where(accept, mean, m.float()))
+        v.copy_(torch.where(accept, _rounded(square, v.dtype, step), v.float()))
+        direction = mean.div_(correction1).div_(square.div_(correction2).sqrt_().add_(ADAM_EPS))
+        torch.where(accept, direction, direction.new_zeros(()), out=u)
+    return update
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, step: Tensor) -> Tensor:
+    """`x` rounded to bfloat16 stochastically, as float32; as it is for float32.
+
+    The noise is a hash of the value's own bits and the step: no generator, so that resume and ranks agree.
+    """
+    if dtype is torch.float32:
+        return x
+    bits = x.view(torch.int32)
+    noise = ((bits ^ step.to(bits.device, torch.int32) * 0x3C6EF35F) * -0x61C88647 >> 8) & 0xFFFF
+    return (bits + noise & -0x10000).view(torch.float32)

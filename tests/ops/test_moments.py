@@ -1,0 +1,88 @@
+"""Adam's moments on every backend: against torch's Adam in float64, and what rounding to bfloat16 costs."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from hf_efcp.ops import torch_moments
+
+N = 5000
+YES, NO = torch.tensor(True), torch.tensor(False)
+BACKENDS = [torch_moments.adam_]
+if importlib.util.find_spec("numba"):
+    from hf_efcp.ops import numba_ops
+
+    BACKENDS.append(numba_ops.adam_)
+each_backend = pytest.mark.parametrize("adam_", BACKENDS, ids=lambda f: f.__module__.rpartition(".")[2])
+
+
+def draw(seed, n=N):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
+
+
+@each_backend
+def test_direction_is_that_of_torchs_adam(adam_):
+    first, second = torch.zeros(N), torch.zeros(N)
+    weight = torch.nn.Parameter(torch.zeros(N, dtype=torch.float64))
+    reference = torch.optim.Adam([weight], lr=1.0, betas=(0.8, 0.95))
+    for step in range(1, 31):
+        gradient = draw(step)
+        weight.data.zero_()
+        weight.grad = gradient.double()
+        reference.step()
+        ours = adam_(gradient, first, second, torch.tensor(step), YES, beta1=0.8, beta2=0.95)
+        torch.testing.assert_close(ours.double(), -weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_accepted_changes_no_moment(adam_, dtype):
+    first, second = draw(1).to(dtype), draw(2).abs().to(dtype)
+    before = first.clone(), second.clone()
+    update = adam_(draw(3), first, second, torch.tensor(7), NO, beta1=0.9, beta2=0.999)
+    assert not update.any()
+    assert torch.equal(first, before[0])
+    assert torch.equal(second, before[1])
+
+
+@each_backend
+def test_second_moment_is_rounded_without_bias_to_a_neighbour(adam_):
+    n = 200_000
+    update, first, second = draw(1, n), torch.zeros(n), torch.zeros(n, dtype=torch.bfloat16)
+    exact = update.square()
+    adam_(update, first, second, torch.tensor(3), YES, beta1=0.0, beta2=0.0)
+    step = torch.exp2(exact.log2().floor() - 7)  # bfloat16 has 8 bits, one of them implied
+    error = (second.float() - exact) / step
+    assert error.abs().max() < 1
+    assert abs(error.mean()) < 5 * error.std() / n**0.5
+    assert error.std() > 0.3  # rounded to the nearest it would be 0.29, and 0.41 so
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="needs numba: pip install hf-efcp[cpu]")
+def test_backends_agree_on_the_bits_of_bfloat16_moments():
+    """But where the last bit of a float32 differs: there the two neighbours are as good as one another."""
+    results = []
+    for adam_ in BACKENDS:
+        update, first, second = draw(1), draw(2).bfloat16(), draw(3).abs().bfloat16()
+        adam_(update, first, second, torch.tensor(5), YES, beta1=0.9, beta2=0.999)
+        results.append((update, first.float(), second.float()))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0)
+        assert (ours - theirs).abs().gt(1e-5 * theirs.abs()).float().mean() <= 0.2
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="needs numba: pip install hf-efcp[cpu]")
+def test_result_does_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(numba_ops, "_WORTH_A_THREAD", 1)
+    before, results = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 3):
+            torch.set_num_threads(n_threads)
+            update, first, second = draw(1), draw(2).bfloat16(), draw(3).abs().bfloat16()
+            numba_ops.adam_(update, first, second, torch.tensor(5), YES, beta1=0.9, beta2=0.999)
+            results.append((update, first, second))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, several) for one, several in zip(*results, strict=True))
