@@ -74,6 +74,32 @@ def global_topk(density: float) -> Compress:
     return compress
 
 
+def power_iteration(shapes: Sequence[torch.Size], starts: Sequence[Tensor | None]) -> Compress:
+    """One step of subspace iteration on every matrix `M` (first dim × rest), warm-started by the last (EFCP, LR-M-FAC).
+
+    `P` is a basis of the range of `M Q`, `Q ← MᵀP`, and what is kept `P Qᵀ`, the projection of `M` on that range.
+
+    Args:
+        shapes: of the parameters.
+        starts: the first `Q`, (columns, rank), of each; `None` for one that is kept whole.
+    """
+    factors = [None if start is None else start.double() for start in starts]
+
+    def compress(parts: list[Tensor]) -> list[Tensor]:
+        kept = []
+        for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+            if factors[i] is None:
+                kept.append(part)
+                continue
+            matrix = part.view(shape[0], -1)
+            basis = torch.linalg.svd(matrix @ factors[i], full_matrices=False).U
+            factors[i] = matrix.T @ basis
+            kept.append((basis @ factors[i].T).flatten())
+        return kept
+
+    return compress
+
+
 def keep_all(parts: list[Tensor]) -> list[Tensor]:
     """No compression."""
     return parts
