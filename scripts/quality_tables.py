@@ -178,36 +178,53 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
+HEADER = ("optimizer", "learning rate", "tasks", "AdamW's best loss reached", "steps to it, × AdamW's",
+          "seconds to it, × AdamW's", "points over AdamW, mean", "worst", "octaves within 1 point",
+          "bytes per parameter")  # fmt: skip
+
+
 def summary(records: Sequence[Record]) -> str:
-    """A row an optimizer: steps and seconds to AdamW's best loss, points, memory, sensitivity."""
-    header = ["optimizer", "learning rate", "tasks", "AdamW's best loss reached", "steps to it, × AdamW's",
-              "seconds to it, × AdamW's", "points over AdamW, mean", "worst", "bytes per parameter"]  # fmt: skip
-    rows = [header]
+    """A row an optimizer: steps and seconds to AdamW's best loss, points, memory, sensitivity to the learning rate."""
+    rows = [HEADER]
     for optimizer, choice in entries(records):
         pairs = {}
         for task in TASKS:
             result, base = (result_of(records, task, o, c) for o, c in ((optimizer, choice), (BASELINE, "own")))
             if result and base and result.seeds & base.seeds:
                 pairs[task] = result, base
-        if not pairs:
-            continue
-        steps = [steps_to(*pair) for pair in pairs.values()]
-        seconds = [s for pair in pairs.values() if (s := seconds_to(*pair)) is not None]
-        points = {task: gained(*pair) for task, pair in pairs.items()}
-        worst = min(points, key=points.__getitem__)
-        memory = [pair[0].records[0]["bytes_per_parameter"] for pair in pairs.values()]
-        rows.append([
-            f"`{optimizer}`",
-            choice,
-            f"{len(pairs)} of {len(TASKS)}",
-            f"{sum(s is not None for s in steps)} of {len(pairs)}",
-            f"{statistics.mean(NEVER if s is None else s for s in steps):.2f}",
-            f"{statistics.mean(seconds):.2f}" if seconds else "",
-            f"{statistics.mean(points.values()):+.1f}",
-            f"{points[worst]:+.1f} ({worst})",
-            f"{min(memory):.1f} to {max(memory):.1f}",
-        ])  # fmt: skip
+        if pairs:
+            rows.append([f"`{optimizer}`", choice, *_figures(pairs), _octaves(records, optimizer), _memory(pairs)])
     return markdown(rows)
+
+
+def _figures(pairs: Mapping[str, tuple[Result, Result]]) -> list[str]:
+    """The columns that compare an optimizer with AdamW, of (its result, AdamW's) by task."""
+    steps = [steps_to(*pair) for pair in pairs.values()]
+    seconds = [s for pair in pairs.values() if (s := seconds_to(*pair)) is not None]
+    points = {task: gained(*pair) for task, pair in pairs.items()}
+    worst = min(points, key=points.__getitem__)
+    return [
+        f"{len(pairs)} of {len(TASKS)}",
+        f"{sum(share is not None for share in steps)} of {len(pairs)}",
+        f"{statistics.mean(NEVER if share is None else share for share in steps):.2f}",
+        f"{statistics.mean(seconds):.2f}" if seconds else "",
+        f"{statistics.mean(points.values()):+.1f}",
+        f"{points[worst]:+.1f} ({worst})",
+    ]
+
+
+def _octaves(records: Sequence[Record], optimizer: str) -> str:
+    """Mean of `width` over the tasks with four rates; at least that much where one of them is open at an end."""
+    widths = [width(results) for task in TASKS if len(results := by_rate(records, task, optimizer)) >= 4]
+    if not widths:
+        return ""
+    return f"{'' if all(ends for _, ends in widths) else '≥ '}{statistics.mean(octaves for octaves, _ in widths):.1f}"
+
+
+def _memory(pairs: Mapping[str, tuple[Result, Result]]) -> str:
+    memory = [result.records[0]["bytes_per_parameter"] for result, _ in pairs.values()]
+    low, high = f"{min(memory):.1f}", f"{max(memory):.1f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def per_task(records: Sequence[Record], columns: Sequence[tuple[str, str]]) -> str:

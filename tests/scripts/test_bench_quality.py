@@ -9,6 +9,8 @@ import pytest
 import quality_runs
 import torch
 from bench_quality import main
+from matplotlib.image import imread
+from quality_pictures import draw
 from quality_report import BEGIN, END, study, update_readme
 from quality_runs import Run, find, read
 from quality_tables import best, by_rate, gained, per_task, result_of, seconds_to, steps_to, summary, width
@@ -157,6 +159,12 @@ def test_tables_name_every_task():
     assert [line.split(" | ")[0][2:] for line in table.splitlines()[2:]] == list(quality_runs.TASKS)
     assert "| digits | 1.000; 70.0 (1) | 1.000; 80.0 (1) |" in table
     assert "| trec | not run | not run |" in table
+
+
+def test_picture_has_a_panel_a_task(tmp_path):
+    runs = [*grid("adamw_torch", [0.7, 0.8, 0.8, 0.7]), record("efcp_mfac", settings={"window": 32})]
+    draw(runs, tmp_path / "quality.png")
+    assert imread(tmp_path / "quality.png").shape[:2] == (5.2 * 2 * 80, 3.2 * 5 * 80)
 
 
 def test_study_divides_by_the_defaults_of_the_same_seed():
