@@ -61,10 +61,10 @@ def test_muon_leaves_embeddings_and_head_to_adamw():
 def test_muon_follows_the_learning_rate_of_its_groups():
     """A scheduler writes into the groups: at 0 nothing moves, in either part."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    model.classifier = model[1]
+    model = torch.nn.ModuleDict({"body": torch.nn.Linear(3, 4), "classifier": torch.nn.Linear(4, 2)})
+    model.classifier = model["classifier"]
     optimizer = MuonWithAdamW(model, 1e-2)
-    model(torch.ones(1, 3)).sum().backward()
+    model["classifier"](model["body"](torch.ones(1, 3))).sum().backward()
     before = [p.clone() for p in model.parameters()]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
