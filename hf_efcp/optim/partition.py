@@ -43,6 +43,11 @@ def partition(shape: tuple[int, ...], block_size: int | None, max_dim: int, one_
     return blocks
 
 
+def long_axes(shape: tuple[int, ...], block_size: int | None, max_dim: int) -> tuple[int, ...]:
+    """The axes that get no sketch because they, or their blocks, are longer than `max_dim`."""
+    return tuple(axis for axis, d in enumerate(shape) if min(d, block_size or d) > max_dim)
+
+
 def squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape without axes of length 1, at least one axis."""
     return tuple(d for d in shape if d != 1) or (1,)

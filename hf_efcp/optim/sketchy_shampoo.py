@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_efcp.optim.grafting import graft_, graft_norm, graft_state, graft_step, update_moments_
 from hf_efcp.optim.options import check_options
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
-from hf_efcp.optim.partition import partition, squeeze
+from hf_efcp.optim.partition import long_axes, partition, squeeze
 from hf_efcp.optim.sketch_state import BlockSketches, compute_dtype, new_sketches
 from hf_efcp.optim.sketchy_options import SHAMPOO_OPTIONS
 
@@ -48,7 +48,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         ema: `m ← momentum·m + (1 − momentum)·u`, whose steps keep their length.
         weight_decay: decoupled, as AdamW's.
         block_size: cut axes into blocks with sketches of their own; costs memory, unlike in Shampoo.
-        max_dim: axes longer than this get no sketch.
+        max_dim: axes longer than this get no sketch, and their slices have each the length of the graft step's.
         one_sided: sketch only the shortest axis, with p = 2.
         start_preconditioning_step: steps that are the graft step itself.
         sketch_dtype, momentum_dtype: storage; float64 sketches compute in float64.
@@ -169,7 +169,10 @@ class SketchyShampoo(ParameterwiseOptimizer):
             update_moments_(state, square, beta2, self._mask(accept))
         if count < options["start_preconditioning_step"]:
             return graft_step(kind, state, gradient, correction)
-        return update if kind == "none" else graft_(update, graft_norm(kind, state, gradient, square, correction))
+        if kind == "none":
+            return update
+        each = long_axes(tuple(p.shape), options["block_size"], options["max_dim"])
+        return graft_(update, graft_norm(kind, state, gradient, square, correction, each), each)
 
     def _apply(self, p: Tensor, update: Tensor, group: dict[str, Any], accept: Tensor) -> None:
         """Momentum, decay and the step; an update that overflowed moves nothing but the decay."""

@@ -112,6 +112,26 @@ def test_graft_gives_the_whole_tensor_its_length(kind):
         torch.testing.assert_close(step.norm(), change.norm(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "rmsprop", "adafactor", "rms"])
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (12,), (12, 11)], ids=str)
+def test_graft_gives_each_word_of_a_vocabulary_its_length(kind, shape):
+    """Axes beyond `max_dim`: every slice as long as the graft step's, though the gradients' lengths differ."""
+    gradients = stream(shape, 3)
+    options = {"rank": 3, "grafting": kind, "beta2": 0.9, "max_dim": 10}
+    axes = [axis for axis, d in enumerate(shape) if d <= 10]
+    changes = updates(gradients, **options)
+    steps = updates(gradients, **options, start_preconditioning_step=3)
+    for change, step, gradient in zip(changes, steps, gradients, strict=True):
+        if kind == "rms":
+            step = (
+                UPDATE_RMS * gradient / (gradient.square().mean(axes, keepdim=True).sqrt() if axes else gradient.abs())
+            )
+        if axes:
+            torch.testing.assert_close(change.norm(dim=axes), step.norm(dim=axes), rtol=1e-5, atol=0)
+        else:  # nothing is left to precondition
+            torch.testing.assert_close(change, step, rtol=1e-5, atol=0)
+
+
 def test_first_steps_are_the_graft_rules_own():
     gradients = stream((8, 6), 3)
     changes = updates(gradients, rank=3, grafting="sgd", start_preconditioning_step=2)
