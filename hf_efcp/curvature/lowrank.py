@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_efcp.curvature.layout import Layout
+from hf_efcp.ops import take_row
 
 
 class LowRankWindow:
@@ -88,7 +89,7 @@ class _ExactRing:
         self.values = torch.zeros(window, numel, dtype=value_dtype, device=device)
 
     def push(self, gradient: Tensor, row: Tensor, accept: Tensor) -> Tensor:
-        stored = torch.where(accept, gradient.to(self.values.dtype), self.values[row])
+        stored = torch.where(accept, gradient.to(self.values.dtype), take_row(self.values, 0, row))
         self.values.index_copy_(0, row[None], stored[None])
         return self.dots(stored)
 
@@ -130,11 +131,11 @@ class _FactoredRing:
     def push(self, gradient: Tensor, row: Tensor, accept: Tensor) -> Tensor:
         rows, window, _ = self.left.shape
         matrix = self.residual.float().view(rows, -1) + gradient.view(rows, -1)
-        previous = self.right[:, (row - 1) % window].float()
+        previous = take_row(self.right, 1, (row - 1) % window).float()
         left = torch.linalg.qr(matrix @ previous).Q
         right = matrix.T @ left
-        left = torch.where(accept, left.to(self.left.dtype), self.left[:, row])
-        right = torch.where(accept, right.to(self.right.dtype), self.right[:, row])
+        left = torch.where(accept, left.to(self.left.dtype), take_row(self.left, 1, row))
+        right = torch.where(accept, right.to(self.right.dtype), take_row(self.right, 1, row))
         self.left.index_copy_(1, row[None], left[:, None])
         self.right.index_copy_(1, row[None], right[:, None])
         left, right = left.float(), right.float()

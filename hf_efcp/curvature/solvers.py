@@ -53,7 +53,9 @@ def woodbury_solve(gram: Tensor, rhs: Tensor, damping: Tensor | float) -> Tensor
     return torch.cholesky_solve(rhs[..., None], factor).squeeze(-1)
 
 
-def spectral_weights(gram: Tensor, row: Tensor, eps: Tensor | float, jitter: float) -> Tensor:
+def spectral_weights(
+    gram: Tensor, row: Tensor, eps: Tensor | float, jitter: float, basis: Tensor | None = None
+) -> Tensor:
     """Weights `c` with `((GᵀG)^½ + εI)⁻¹ g_j = Gᵀc`, free of cancellation (GGT, arXiv 1806.02958).
 
     With `K = GGᵀ + jitter·I = V s² Vᵀ` they are `V w(s) Vᵀe_j`,
@@ -64,11 +66,13 @@ def spectral_weights(gram: Tensor, row: Tensor, eps: Tensor | float, jitter: flo
         row: () int64, j.
         eps: ε > 0, a number or (…), in units of gradient.
         jitter: added to the diagonal, in units of squared gradient; 0 for none.
+        basis: V of an earlier `K`, (…, m, m) orthonormal, from `eigenvectors`; `s²` are then the Rayleigh quotients
+            of its columns, and no eigendecomposition is taken.
 
     Returns:
         (…, m) float64.
     """
-    squared, vectors = _eigh(gram, jitter)
+    squared, vectors = _spectrum(gram, jitter, basis)
     eps = torch.as_tensor(eps, dtype=gram.dtype, device=gram.device)[..., None]
     inverse = 1 / (squared.sqrt() + eps)
     weights = inverse
@@ -77,26 +81,37 @@ def spectral_weights(gram: Tensor, row: Tensor, eps: Tensor | float, jitter: flo
     return (vectors * (weights * vectors.index_select(-2, row[None]).squeeze(-2))[..., None, :]).sum(-1)
 
 
-def spectral_solve(gram: Tensor, dots: Tensor, eps: Tensor | float, jitter: float) -> Tensor:
+def spectral_solve(
+    gram: Tensor, dots: Tensor, eps: Tensor | float, jitter: float, basis: Tensor | None = None
+) -> Tensor:
     """Weights `c` with `((GᵀG)^½ + εI)⁻¹ x = x/ε + Gᵀc`, for any `x`.
 
     Args:
-        gram, eps, jitter: as in `spectral_weights`.
+        gram, eps, jitter, basis: as in `spectral_weights`.
         dots: `G x`, (…, m) float64.
 
     Returns:
         (…, m) float64; directions in which `G` vanishes to rounding get no weight.
     """
-    squared, vectors = _eigh(gram, jitter)
+    squared, vectors = _spectrum(gram, jitter, basis)
     eps = torch.as_tensor(eps, dtype=gram.dtype, device=gram.device)[..., None]
     root = squared.sqrt()
     # (1/(s + ε) − 1/ε)/s², without the difference of two near numbers
     weights = -1 / (eps * root * (root + eps))
-    weights = torch.where(squared > gram.shape[-1] * 1e-15 * squared[..., -1:], weights, torch.zeros_like(weights))
+    weights = torch.where(
+        squared > gram.shape[-1] * 1e-15 * squared.amax(-1, keepdim=True), weights, torch.zeros_like(weights)
+    )
     return (vectors @ (weights[..., None] * (vectors.mT @ dots[..., None]))).squeeze(-1)
 
 
-def _eigh(gram: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+def eigenvectors(gram: Tensor) -> Tensor:
+    """Orthonormal eigenvectors of (…, m, m), as columns; jitter would not change them. On CUDA the host waits."""
+    return torch.linalg.eigh(gram).eigenvectors
+
+
+def _spectrum(gram: Tensor, jitter: float, basis: Tensor | None) -> tuple[Tensor, Tensor]:
+    if basis is not None:
+        return (basis * (gram @ basis)).sum(-2).add_(jitter).clamp_min(jitter), basis
     shifted = gram.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(jitter)
     squared, vectors = torch.linalg.eigh(shifted)

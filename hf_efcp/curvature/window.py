@@ -78,7 +78,7 @@ class DenseWindow:
 
     def push(self, gradient: Tensor, row: Tensor, accept: Tensor, scratch: Tensor) -> Tensor:
         stored = gradient.to(self.values.dtype)
-        self.values.index_copy_(0, row[None], torch.where(accept, stored, self.values[row])[None])
+        self.values.index_copy_(0, row[None], torch.where(accept, stored, ops.take_row(self.values, 0, row))[None])
         return self.dots(scratch.copy_(stored))
 
     def dots(self, x: Tensor) -> Tensor:
@@ -245,8 +245,8 @@ class GlobalTopKWindow:
         summed.scatter_add_(0, chosen, torch.where(accept, -stored.float(), 0.0))
         if not in_place:
             self.residual.copy_(summed)
-        indices = torch.where(accept, chosen.to(torch.int32), self.indices[row])
-        values = torch.where(accept, stored, self.values[row])
+        indices = torch.where(accept, chosen.to(torch.int32), ops.take_row(self.indices, 0, row))
+        values = torch.where(accept, stored, ops.take_row(self.values, 0, row))
         self.indices.index_copy_(0, row[None], indices[None])
         self.values.index_copy_(0, row[None], values[None])
         return self.dots(scratch.zero_().scatter_(0, chosen, stored.float()))

@@ -130,8 +130,13 @@ def push_topk_(
     newest = accumulate_topk_(residual, gradient, k, values.dtype, accept, grid=grid, group=group)
     for buffer, new in zip((indices, values, scales), newest, strict=True):
         if buffer is not None:
-            new = torch.where(accept, new.to(buffer.dtype), buffer[:, row])
+            new = torch.where(accept, new.to(buffer.dtype), take_row(buffer, 1, row))
             buffer.index_copy_(1, row[None], new[:, None])
+
+
+def take_row(x: Tensor, dim: int, row: Tensor) -> Tensor:
+    """`x` at the place `row`, () int64, along `dim`. Plain indexing with a tensor would make the host wait for it."""
+    return x.index_select(dim, row[None]).squeeze(dim)
 
 
 def _plus(residual: Tensor, gradient: Tensor, grid: Tensor | None) -> Tensor:
@@ -200,10 +205,10 @@ def window_dots(indices: Tensor, values: Tensor, x: Tensor, scales: Tensor | Non
 
 def row_dots(indices: Tensor, values: Tensor, row: Tensor, scratch: Tensor, scales: Tensor | None = None) -> Tensor:
     """`window_dots` with row `row` (() int64) of the window itself; what stands in `scratch`, as `x` there, is lost."""
-    stored = values[:, row]
+    stored = take_row(values, 1, row)
     if scales is not None:
-        stored = dequantize_int8(stored, scales[:, row])
-    scratch.zero_().scatter_(1, indices[:, row].long(), stored.to(scratch.dtype))
+        stored = dequantize_int8(stored, take_row(scales, 1, row))
+    scratch.zero_().scatter_(1, take_row(indices, 1, row).long(), stored.to(scratch.dtype))
     return window_dots(indices, values, scratch, scales)
 
 

@@ -149,6 +149,11 @@ class EfcpOptimizer(Optimizer):
         """Whether the host may branch on a flag of the device: elsewhere it would wait, and masks do the work."""
         return flag.device.type == "cpu"
 
+    @staticmethod
+    def _counting_device(device: torch.device) -> torch.device:
+        """Where numbers live that the host counts with, next to state on `device`."""
+        return device if device.type == "meta" else torch.device("cpu")
+
     def materialize_state(self) -> None:
         """Make the state that the first step would make. On the meta device it takes no memory, but counts."""
         raise NotImplementedError(f"{type(self).__name__} makes its state at the first step only.")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efcp.curvature.solvers import mean_eigenvalue, spectral_solve, spectral_weights
+from hf_efcp.curvature.solvers import eigenvectors, mean_eigenvalue, spectral_solve, spectral_weights
 from hf_efcp.optim.options import Option
 from hf_efcp.optim.segment import Segment
 from hf_efcp.optim.window import WindowOptimizer
@@ -35,6 +35,8 @@ class GGT(WindowOptimizer):
             1e-6; it changes small-gradient steps by as much as 100 %.
         beta1: averaging of `x`, 0 for none; without bias correction, as published.
         beta2: decay of older rows, 1 for none.
+        basis_every: steps between eigendecompositions. In between V stands still and `s²` follows as the Rayleigh
+            quotients of its columns, (m, m) float64 more state. On CUDA the host waits at an eigendecomposition alone.
         compression, density, selection, block_size, rank, system, precondition, scaling, update_rms, momentum,
         adam_beta2, weight_decay, value_dtype, residual_dtype, moment_dtype, memory_budget,
         state_device: see `MFAC`.
@@ -43,7 +45,8 @@ class GGT(WindowOptimizer):
         ValueError, TypeError: an option is out of range or of the wrong kind, by name.
         NotImplementedError: parameters or combinations that cannot work, with what works instead.
 
-    When not to use it: an m×m eigendecomposition at every step makes windows beyond a few hundred rows slow.
+    When not to use it: an m×m eigendecomposition at every step makes windows beyond a few hundred rows slow;
+    `basis_every` takes fewer.
     """
 
     options = (
@@ -59,6 +62,13 @@ class GGT(WindowOptimizer):
         Option("jitter", float, "added to the Gram matrix's diagonal", low=0, source="EFCP, arXiv 2306.06098"),
         Option("beta1", float, "average of what is preconditioned", low=0, high=1, high_open=True, source=_GGT),
         Option("beta2", float, "decay of a row with each step of age", low=0, low_open=True, high=1, source=_GGT),
+        Option(
+            "basis_every",
+            int,
+            "steps between eigendecompositions; in between their vectors are kept",
+            low=1,
+            source="this package",
+        ),
     )
 
     def __init__(
@@ -72,6 +82,7 @@ class GGT(WindowOptimizer):
         jitter: float = 0.0,
         beta1: float = 0.0,
         beta2: float = 1.0,
+        basis_every: int = 1,
         compression: str = "topk",
         density: float = 0.01,
         selection: str = "block",
@@ -116,7 +127,26 @@ class GGT(WindowOptimizer):
         """`β₂^age` of each row, (m,) float64; the newest has age 0."""
         m = self.defaults["window"]
         ages = (row - torch.arange(m, device=row.device)) % m
-        return torch.tensor(self.defaults["beta2"], dtype=torch.float64, device=row.device) ** ages
+        return torch.full_like(ages, self.defaults["beta2"], dtype=torch.float64) ** ages
+
+    def _shared_state(self, device: torch.device) -> dict[str, Tensor]:
+        shared = super()._shared_state(device)
+        if self.defaults["basis_every"] > 1:
+            shared["basis"] = torch.zeros_like(shared["gram"])
+            shared["basis_age"] = torch.zeros((), dtype=torch.int64, device=self._counting_device(device))
+        return shared
+
+    def _basis(self, shared: dict[str, Tensor], decayed: Tensor) -> Tensor | None:
+        """Eigenvectors that this step takes, (S, m, m); `None` for those of `decayed`, taken anew at every step."""
+        every = self.defaults["basis_every"]
+        if every == 1:
+            return None
+        stored, age = shared["basis"].view_as(decayed), shared["basis_age"]
+        basis = eigenvectors(decayed) if int(age) % every == 0 else stored
+        if any(group["lr"] for group in self.param_groups):  # a step that changes nothing must change nothing here
+            stored.copy_(basis)
+            age += 1
+        return basis
 
     def _solve(
         self, shared: dict[str, Tensor], gram: Tensor, row: Tensor, dots: Tensor | None
@@ -125,9 +155,10 @@ class GGT(WindowOptimizer):
         decayed = decay[:, None] * gram * decay
         eps = self._eps(mean_eigenvalue(decayed) * gram.shape[-1])
         unit = torch.ones_like(eps) if self.defaults["scaling"] == "none" else eps  # εu, as λu in M-FAC
+        basis = self._basis(shared, decayed)
         if dots is None:
-            return unit[:, None] * decay * spectral_weights(decayed, row, eps, jitter), None
-        return unit[:, None] * decay * spectral_solve(decayed, decay * dots, eps, jitter), unit / eps
+            return unit[:, None] * decay * spectral_weights(decayed, row, eps, jitter, basis), None
+        return unit[:, None] * decay * spectral_solve(decayed, decay * dots, eps, jitter, basis), unit / eps
 
     def _eps(self, mean_squares: Tensor) -> Tensor:
         """ε of each system from the mean eigenvalue of its `GGᵀ`."""

@@ -34,7 +34,7 @@ class ParameterwiseOptimizer(EfcpOptimizer):
     def _adopt_state(self) -> None:
         """New tensors for today's parameters, filled from `self.state` where it has them."""
         for number, parameter in enumerate(self._parameters()):
-            state = {"step": torch.zeros((), dtype=torch.int64, device=_counting_device(parameter.device))}
+            state = {"step": torch.zeros((), dtype=torch.int64, device=self._counting_device(parameter.device))}
             state.update(self._new_state(parameter))
             if number == 0:
                 state.update(self._shared_state(parameter.device))
@@ -61,10 +61,6 @@ class ParameterwiseOptimizer(EfcpOptimizer):
         if any(group["lr"] for group in self.param_groups):
             return finite
         return finite & torch.stack([g.any().to(first.device) for g in gradients]).any()
-
-
-def _counting_device(device: torch.device) -> torch.device:
-    return device if device.type == "meta" else torch.device("cpu")
 
 
 def _fill(state: dict[str, Tensor], saved: dict[str, Any]) -> None:

@@ -28,8 +28,8 @@ def layer_rms_(updates: list[Tensor], segments: Segments, target: float) -> None
     for update, segment in zip(updates, segments, strict=True):
         parts = segment.layout.split(update)
         norms = torch.stack(torch._foreach_norm(parts))
-        roots = torch.tensor(segment.layout.numels, device=update.device).clamp_min(1).sqrt()
-        torch._foreach_mul_(parts, list(_ratio(target, norms / roots).to(update.dtype).unbind()))
+        factors = _ratio(target, norms / segment.root_numels).to(update.dtype)
+        torch._foreach_mul_(parts, list(factors.unbind()))
 
 
 def heavy_ball_(updates: list[Tensor], segments: Segments, accept: Tensor, *, momentum: float) -> None:

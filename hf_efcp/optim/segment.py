@@ -39,6 +39,7 @@ class Segment:
     Attributes:
         device: of the buffers: the parameters', or `options["state_device"]`.
         n_systems: m×m systems over these parameters.
+        root_numels: root of each parameter's number of entries.
         moments: (layout.size,) vectors of `options["moment_dtype"]` by name.
     """
 
@@ -56,6 +57,7 @@ class Segment:
         self.n_systems = len(self.params) if options["system"] == "layer" else 1
         self.window = make_window(self.layout, options, self.device)
         dtype = DTYPES[options["moment_dtype"]]
+        self.root_numels = torch.tensor(self.layout.numels, device=self.device).clamp_min(1).sqrt()
         self.moments = {name: self.layout.zeros(dtype, self.device) for name in moments}
 
     def fits(self, params: Sequence[Tensor]) -> bool:

@@ -122,8 +122,7 @@ class SINGD(SingdLayers):
         return state
 
     def _zero(self, parameter: Tensor) -> Tensor:
-        device = parameter.device if parameter.is_meta else torch.device("cpu")  # counts wait for no device
-        return torch.zeros((), dtype=torch.int64, device=device)
+        return torch.zeros((), dtype=torch.int64, device=self._counting_device(parameter.device))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

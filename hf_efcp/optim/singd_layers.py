@@ -166,7 +166,7 @@ class SingdLayers(ParameterwiseOptimizer):
         super()._adopt_state()
 
     def _shared_state(self, device: torch.device) -> dict[str, Tensor]:
-        where = device if device.type == "meta" else torch.device("cpu")
+        where = self._counting_device(device)
         shared = {**super()._shared_state(device), "steps": torch.zeros((), dtype=torch.int64, device=where)}
         if self.defaults["fallback_lr"] is not None:
             # A scheduler scales `lr`; which part of it is the first value is known now and must be saved.

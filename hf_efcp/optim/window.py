@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_efcp.curvature.solvers import cancels
+from hf_efcp.ops import take_row
 from hf_efcp.optim.apply import apply_
 from hf_efcp.optim.base import EfcpOptimizer, flat_parameters
 from hf_efcp.optim.budget import fit_budget
@@ -188,8 +189,9 @@ class WindowOptimizer(EfcpOptimizer):
             for segment, gradient, out in zip(segments, gradients, scratch, strict=True)
         ]
         gram = shared["gram"].view(-1, *shared["gram"].shape[-2:])
-        newest = torch.where(accept, segments.gather(products, device), gram[:, row])
-        change = newest - gram[:, row]
+        before = take_row(gram, 1, row)
+        newest = torch.where(accept, segments.gather(products, device), before)
+        change = newest - before
         gram.index_copy_(1, row[None], newest[:, None, :])
         gram.index_copy_(2, row[None], newest[:, :, None])
         self._follow_gram(shared, row, change)

@@ -91,3 +91,51 @@ def test_large_eps_is_sgd():
             p.grad = gradient.to(p.dtype)
         optimizer.step()
     torch.testing.assert_close(torch.cat([p.detach().view(-1) for p in params]), -LR * summed, rtol=1e-4, atol=1e-6)
+
+
+def stale_reference(flat: list[torch.Tensor], every: int) -> torch.Tensor:
+    """The general form with eigenvectors of every `every`-th step, and quotients `vᵀKv` in the place of eigenvalues."""
+    rows, change = torch.zeros(WINDOW, flat[0].numel(), dtype=torch.float64), torch.zeros_like(flat[0])
+    for step, x in enumerate(flat):
+        rows[step % WINDOW] = x
+        if step % every == 0:
+            basis = torch.linalg.eigh(rows @ rows.T).eigenvectors
+        squared = (basis.T @ rows @ rows.T @ basis).diagonal()
+        shown = squared > 1e-12 * squared.max()
+        weights = torch.where(shown, (1 / (squared.clamp_min(1e-300).sqrt() + EPS) - 1 / EPS) / squared, 0)
+        change -= LR * (x / EPS + rows.T @ basis @ (weights * (basis.T @ rows @ x)))
+    return change
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_eigenvectors_may_be_older_than_the_window(every):
+    """With `every` = 1 it is the method itself."""
+    steps = gradients()
+    flat = [torch.cat([g.view(-1) for g in step]).double() for step in steps]
+    ours = trajectory(steps, **WHOLE["gradient"], basis_every=every)
+    expected = stale_reference(flat, every)
+    # Float32 updates cancel to 1e-3 of their terms: x/ε against the window's part.
+    assert (ours - expected).norm() < 2e-4 * expected.norm()
+    if every == 1:
+        exact = reference(flat, beta1=0.0, beta2=1.0, jitter=0.0)
+        assert (expected - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("system", ["model", "layer"])
+def test_old_eigenvectors_resume_to_the_bit(system):
+    """Between two eigendecompositions, in the middle of a run."""
+    steps, ends = gradients()[:9], []
+    for cut in (None, 5):
+        params = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+        options = {"window": 4, "block_size": 16, "density": 0.3, "basis_every": 3, "system": system}
+        optimizer = GGT(params, LR, **options)
+        for number, step in enumerate(steps):
+            if number == cut:
+                saved, optimizer = optimizer.state_dict(), GGT(params, LR, **options)
+                optimizer.load_state_dict(saved)
+            for p, gradient in zip(params, step, strict=True):
+                p.grad = gradient.clone()
+            optimizer.step()
+        assert optimizer.state[params[0]]["basis_age"] == len(steps)
+        ends.append(torch.cat([p.detach().view(-1) for p in params]))
+    assert torch.equal(*ends)
