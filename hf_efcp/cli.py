@@ -1,18 +1,20 @@
-"""`hf-efcp`: what the optimizers are and take and cost, training with one of them, and the curves of a run."""
+"""`hf-efcp`: what the optimizers are and take and cost, training with them, the curves of a run, and comparisons."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hf_efcp.optim.options import Option
-from hf_efcp.optim.registry import OptimizerSpec, get_spec, list_optimizers
+from hf_efcp.optim.registry import OptimizerSpec, get_spec, list_optimizers, load_optimizers
 
 _WIDTH = 100  # columns of the texts
 
@@ -158,8 +160,42 @@ def _plot(arguments: argparse.Namespace) -> str:
     return str(plot_run(arguments.folder, arguments.output))
 
 
+def _compare(arguments: argparse.Namespace) -> str:
+    from hf_efcp.compare import Entrant, aligned, compare, table
+
+    if importlib.util.find_spec("matplotlib") is None or importlib.util.find_spec("transformers") is None:
+        raise ModuleNotFoundError("hf-efcp compare needs transformers and matplotlib: pip install 'hf-efcp[hf]'")
+    from hf_efcp.compare_page import write_comparison
+
+    try:
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"`--seeds` must be whole numbers such as 0,1,2, got {arguments.seeds!r}.") from None
+    entrants = [Entrant.parse(text) for text in arguments.optim or ["efcp_mfac"]]
+    launcher = [word for path in arguments.optimizers for word in ("--optimizers", path)]
+    folder = Path(arguments.output)
+    outcomes = compare(arguments.script, entrants, seeds, folder, launcher=launcher)
+    picture, page = write_comparison(outcomes, folder)
+    return f"{aligned(table(outcomes))}\n\npicture: {picture}\npage:    {page}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """With the options that every subcommand has."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
+        self.add_argument(
+            "--optimizers",
+            action="append",
+            default=argparse.SUPPRESS,
+            metavar="FILE",
+            help="a Python file that registers optimizers of yours",
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-efcp", description=__doc__.replace("`", ""))
+    parser = _Parser(prog="hf-efcp", description=__doc__.replace("`", ""))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="the optimizers: name, summary, paper")
     listing.set_defaults(text=lambda arguments: list_text())
@@ -174,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("folder", metavar="RUN_DIR", help="output_dir of the run, or one of its checkpoints")
     plot.add_argument("--output", metavar="PNG", help="the picture, by default RUN_DIR/log.png")
     plot.set_defaults(text=_plot)
+    _add_compare(commands)
     # `run` never reaches this parser, which would take the script's own flags for itself.
     commands.add_parser("run", help="a training script with these optimizers under --optim: run SCRIPT.py ...")
     return parser
@@ -197,19 +234,48 @@ def _add_memory(commands: Any) -> None:
     memory.set_defaults(text=_memory)
 
 
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="AdamW and other optimizers on a training script, with the same seeds: table, picture, page",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    compare.add_argument(
+        "--optim",
+        action="append",
+        metavar="NAME[:k=v,...]",
+        help="an optimizer beside adamw_torch, efcp_mfac if none is given; repeat it for several",
+    )
+    compare.add_argument("--seeds", default="0", metavar="N,N,...", help="of every optimizer")
+    compare.add_argument("--output", default="compare", metavar="DIR", help="for the runs, compare.png, compare.html")
+    compare.add_argument(
+        "script",
+        nargs=argparse.REMAINDER,
+        metavar="SCRIPT.py ...",
+        help="a script with a Trainer and its arguments, without --optim, --seed and --output_dir",
+    )
+    compare.set_defaults(text=_compare)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code; a wrong command line exits with 2 and one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no λ still gets the text
-    if argv[:1] == ["run"]:
+    if "run" in argv and set(argv[: argv.index("run")]) <= {"--debug"}:
         from hf_efcp.run import main as run
 
-        return run(argv[1:]) or 0
+        place = argv.index("run")
+        return run([*argv[:place], *argv[place + 1 :]]) or 0
     arguments = _parser().parse_args(argv)
+    arguments.optimizers = getattr(arguments, "optimizers", [])
     try:
+        for path in arguments.optimizers:
+            load_optimizers(path)
         text = arguments.text(arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        if getattr(arguments, "debug", False):
+            raise
         print(f"hf-efcp: {error}", file=sys.stderr)
         return 2
     try:

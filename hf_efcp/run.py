@@ -15,6 +15,8 @@ options:
   --trainer efcp             the default: transformers.Trainer is hf_efcp.train.EfcpTrainer, which restores renamed
                              weights (a ViT's encoder) when it resumes and writes the optimizer into the model card
   --trainer transformers     leave transformers.Trainer as it is
+  --optimizers FILE          optimizers of yours, which this Python file registers
+  --record FILE              let a Trainer write its log, its optimizer's bytes and its seconds per step to this JSON
   --metrics                  let a Trainer log how the curvature shapes the steps: spectrum, scaling, rotation, residual
   --sparsity S               let every Trainer train with this share of the weights at 0, from the first step on
   --sparse_method NAME       static, set, rigl (the default), rigl_itop, set_itop, snfs or gmp
@@ -22,6 +24,7 @@ options:
   --gradient_correction agent  let every Trainer correct its gradients as AGENT does, sparse or not
   --correction_args K=V,…    settings of it: coefficient, gamma, refresh, full_grad_batches, …
   --adversary NAME[:K=V,…]   let every Trainer train on adversarial images: fgsm or pgd
+  --debug                    show where an error of the launcher comes from
   --help                     print this and leave
 """
 
@@ -35,13 +38,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hf_efcp.optim.options import closest
+from hf_efcp.optim.registry import load_optimizers
 
 _SPARSE = (
     *("--sparsity", "--sparse_method", "--sparse_args"),
     *("--gradient_correction", "--correction_args", "--adversary"),
 )
-_VALUED = ("--explain", "--patch-adamw", "--trainer", *_SPARSE)
-_OPTIONS = ("--list", "--metrics", "--help", "-h", "-m", *_VALUED)
+_VALUED = ("--explain", "--patch-adamw", "--trainer", "--optimizers", "--record", *_SPARSE)
+_OPTIONS = ("--list", "--metrics", "--debug", "--help", "-h", "-m", *_VALUED)
 
 
 @dataclass
@@ -51,7 +55,10 @@ class Command:
     texts: list[Callable[[], str]] = field(default_factory=list)
     patch_adamw: str | None = None
     trainer: str | None = None
+    optimizers: list[str] = field(default_factory=list)
+    record: str | None = None
     metrics: bool = False
+    debug: bool = False
     sparse: dict[str, str] = field(default_factory=dict)
     module: bool = False
     script: list[str] = field(default_factory=list)
@@ -74,8 +81,12 @@ def parse(argv: Sequence[str]) -> Command:
             command.texts.append(lambda optimizer=value: _explain_text(optimizer))
         elif name in ("--help", "-h"):
             command.texts.append(lambda: __doc__)
-        elif name == "--metrics":
-            command.metrics = True
+        elif name in ("--metrics", "--debug"):
+            setattr(command, name.removeprefix("--"), True)
+        elif name == "--optimizers":
+            command.optimizers.append(value)
+        elif name == "--record":
+            command.record = value
         elif name in _SPARSE:
             command.sparse[name.removeprefix("--")] = value
         elif name == "--patch-adamw":
@@ -92,14 +103,19 @@ def parse(argv: Sequence[str]) -> Command:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line; errors of the launcher itself leave with status 2."""
+    command = Command()
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
+        for path in command.optimizers:
+            load_optimizers(path)
         if command.texts:
             print("\n\n".join(text() for text in command.texts))
             return
         _check_script(command)
         _prepare(command)
     except (ValueError, TypeError, RuntimeError) as error:
+        if command.debug:
+            raise
         sys.stderr.write(f"hf_efcp.run: {error}\n")
         raise SystemExit(2) from None
     _run(command)
@@ -121,7 +137,8 @@ def _prepare(command: Command) -> None:
 
         patch_adamw(command.patch_adamw)
     if importlib.util.find_spec("transformers") is None:
-        given = {"--trainer": command.trainer, "--metrics": command.metrics, **{f"--{k}": 1 for k in command.sparse}}
+        given = {"--trainer": command.trainer, "--metrics": command.metrics, "--record": command.record}
+        given |= {f"--{name}": 1 for name in command.sparse}
         for option, value in given.items():
             if value:
                 raise ValueError(f"`{option}` needs transformers: pip install 'hf-efcp[hf]'.")
@@ -134,6 +151,8 @@ def _prepare(command: Command) -> None:
         hf_efcp.train.replace_trainer()
     if command.metrics:
         hf_efcp.train.log_diagnostics()
+    if command.record:
+        hf_efcp.train.record_runs(command.record)
 
 
 def _prepare_sparse(command: Command) -> None:

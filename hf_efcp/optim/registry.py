@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import os
+import runpy
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +101,7 @@ class OptimizerSpec:
 
 
 _SPECS: dict[str, OptimizerSpec] = {}
+_LISTENERS: list[Callable[[OptimizerSpec], None]] = []
 
 
 def register(spec: OptimizerSpec) -> None:
@@ -106,6 +109,32 @@ def register(spec: OptimizerSpec) -> None:
     if spec.name in _SPECS:
         raise ValueError(f"An optimizer `{spec.name}` is registered already.")
     _SPECS[spec.name] = spec
+
+    for listener in _LISTENERS:
+        listener(spec)
+
+
+def on_register(listener: Callable[[OptimizerSpec], None]) -> None:
+    """Have `listener` called with each optimizer that is registered from now on."""
+    _LISTENERS.append(listener)
+
+
+def load_optimizers(path: str) -> list[str]:
+    """Run a Python file that registers optimizers of its own; their names.
+
+    Raises:
+        ValueError: there is no such file, it fails, or it registers nothing.
+    """
+    before = set(_SPECS)
+    if not os.path.isfile(path):
+        raise ValueError(f"No file {path!r} to take optimizers from.")
+    try:
+        runpy.run_path(path, run_name=f"hf_efcp_optimizers.{os.path.splitext(os.path.basename(path))[0]}")
+    except Exception as error:
+        raise ValueError(f"{path} failed: {type(error).__name__}: {error}") from error
+    if not (added := [name for name in _SPECS if name not in before]):
+        raise ValueError(f"{path} registers no optimizer. It should end with `register(OptimizerSpec(...))`.")
+    return added
 
 
 def list_optimizers() -> list[str]:

@@ -7,7 +7,7 @@ except ModuleNotFoundError as error:
         "hf_efcp.train needs transformers: pip install 'hf-efcp[hf]'. The optimizers alone, hf_efcp.optim, do not."
     ) from error
 
-from hf_efcp.train.registration import log_diagnostics, register_optimizers
+from hf_efcp.train.registration import log_diagnostics, record_runs, register_optimizers
 
 register_optimizers()
 
@@ -25,6 +25,7 @@ __all__ = [
     "EfcpTrainer",
     "EfcpTrainingArguments",
     "log_diagnostics",
+    "record_runs",
     "register_optimizers",
     "replace_trainer",
     "train_sparsely",

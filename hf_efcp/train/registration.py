@@ -16,22 +16,27 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hf_efcp.optim.optim_args import parse_optim_args
-from hf_efcp.optim.registry import OptimizerSpec, get_spec, list_optimizers
+from hf_efcp.optim.registry import OptimizerSpec, get_spec, list_optimizers, on_register
 from hf_efcp.train.callbacks import EfcpCallback, EfcpMetricsCallback
 
 DEFAULT_LEARNING_RATE = 5e-5  # of TrainingArguments: where `--learning_rate` has it, nobody chose it
 
 
 def register_optimizers() -> None:
-    """Make every registered optimizer known to transformers. Calling it again adds those registered since.
+    """Make every registered optimizer known to transformers, and those that are registered later.
 
     Raises:
         RuntimeError: this version of transformers keeps the names that are extended elsewhere.
     """
     names_enum, handlers, modules, callbacks = _seams()
+
+    def add(spec: OptimizerSpec) -> None:
+        _add_member(names_enum, spec.name)
+        handlers[spec.name] = _handler(spec)
+
     for name in list_optimizers():
-        _add_member(names_enum, name)
-        handlers[name] = _handler(get_spec(name))
+        add(get_spec(name))
+    on_register(add)
     for module in modules:
         module._parse_optim_args = parse_optim_args
     if EfcpCallback not in callbacks:
@@ -47,6 +52,18 @@ def log_diagnostics() -> None:
     *_, callbacks = _seams()
     if EfcpMetricsCallback not in callbacks:
         callbacks.append(EfcpMetricsCallback)
+
+
+def record_runs(path: str) -> None:
+    """Let every Trainer that is made from now on write its log and cost to `path`, see `RunRecorder`.
+
+    Raises:
+        RuntimeError: as `register_optimizers`.
+    """
+    from hf_efcp.train.recorder import RunRecorder
+
+    *_, callbacks = _seams()
+    callbacks.append(RunRecorder(path))
 
 
 def _seams() -> tuple[type[Enum], dict[str, Callable], list[Any], list[type]]:
