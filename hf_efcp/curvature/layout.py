@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hf_efcp import ops
+
 
 class Layout:
     """Where each parameter lies in a flat vector of whole blocks.
@@ -60,7 +62,7 @@ class Layout:
 
     def flatten(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """A (size,) float32 copy of the tensors; `None` counts as zero."""
-        flat = torch.empty(self.size, dtype=torch.float32, device=device)
+        flat = ops.empty(self.size, device)
         pieces = flat.split(self._pieces)
         targets = [piece.view(shape) for piece, shape in zip(pieces[::2], self.shapes, strict=True)]
         empty = [piece for piece in pieces[1::2] if len(piece)]

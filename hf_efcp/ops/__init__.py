@@ -5,6 +5,7 @@
 
 from hf_efcp.ops import torch_moments, torch_ops
 from hf_efcp.ops.backend import on_backend
+from hf_efcp.ops.scratch import empty
 from hf_efcp.ops.torch_ops import dequantize_int8, take_row, unpack_int4
 
 accumulate_topk_ = on_backend(torch_ops.accumulate_topk_)
@@ -18,6 +19,7 @@ __all__ = [
     "accumulate_topk_",
     "adam_",
     "dequantize_int8",
+    "empty",
     "push_topk_",
     "row_dots",
     "take_row",
