@@ -6,7 +6,7 @@
 from hf_efcp.ops import torch_moments, torch_ops
 from hf_efcp.ops.backend import on_backend
 from hf_efcp.ops.scratch import empty
-from hf_efcp.ops.torch_ops import dequantize_int8, take_row, unpack_int4
+from hf_efcp.ops.torch_ops import dequantize_int8, entries_per_pass, take_row, unpack_int4
 
 accumulate_topk_ = on_backend(torch_ops.accumulate_topk_)
 adam_ = on_backend(torch_moments.adam_)
@@ -20,6 +20,7 @@ __all__ = [
     "adam_",
     "dequantize_int8",
     "empty",
+    "entries_per_pass",
     "push_topk_",
     "row_dots",
     "take_row",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_efcp.ops.torch_ops import entries_per_pass
+
 ADAM_EPS = 1e-8  # AdamW's default in torch and in transformers
 _CHUNK = 1 << 18  # entries at a time: temporaries stay in cache
 
@@ -25,7 +27,8 @@ def adam_(
     """
     count = step.double()
     correction1, correction2 = ((1 - beta**count).float() for beta in (beta1, beta2))
-    for u, m, v in zip(update.split(_CHUNK), first.split(_CHUNK), second.split(_CHUNK), strict=True):
+    size = entries_per_pass(update.device, _CHUNK)
+    for u, m, v in zip(update.split(size), first.split(size), second.split(size), strict=True):
         mean = m.float().lerp(u, 1 - beta1)
         square = v.float().lerp(u.square(), 1 - beta2)
         m.copy_(torch.where(accept, mean, m.float()))

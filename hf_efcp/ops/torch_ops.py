@@ -22,6 +22,12 @@ from torch import Tensor
 # Entries per pass of a window: temporaries of a few megabytes stay in the last-level cache and in malloc's
 # free list. One call over a whole window of 10M entries is 5 times slower, all of it page faults.
 _CHUNK = 1 << 17
+_DEVICE_CHUNK = 1 << 26  # elsewhere memory comes from a pool, and launches are what costs
+
+
+def entries_per_pass(device: torch.device, on_cpu: int) -> int:
+    """Entries whose temporaries are made at a time."""
+    return on_cpu if device.type == "cpu" else _DEVICE_CHUNK
 
 
 def block_topk(x: Tensor, k: int) -> Tensor:
@@ -82,7 +88,7 @@ def accumulate_topk_(
     values = torch.empty(n_blocks, k, dtype=value_dtype, device=residual.device)
     is_int8 = value_dtype is torch.int8
     scales = torch.empty(n_blocks // group, dtype=torch.float32, device=residual.device) if is_int8 else None
-    per_chunk = group * max(1, 2 * _CHUNK // (block_size * group))
+    per_chunk = group * max(1, entries_per_pass(residual.device, 2 * _CHUNK) // (block_size * group))
     for start in range(0, n_blocks, per_chunk):
         part = slice(start, start + per_chunk)
         summed = _plus(residual[part], gradient[part], None if grid is None else grid[part])
@@ -216,7 +222,7 @@ def _chunks(indices: Tensor, values: Tensor, block_size: int, scales: Tensor | N
     """Runs of blocks with their values, int8 scaled."""
     n_blocks, window, k = indices.shape
     group = n_blocks // len(scales) if scales is not None and len(scales) else 1
-    per_chunk = group * max(1, _CHUNK // (max(window * k, block_size) * group))
+    per_chunk = group * max(1, entries_per_pass(indices.device, _CHUNK) // (max(window * k, block_size) * group))
     for start in range(0, n_blocks, per_chunk):
         part = slice(start, start + per_chunk)
         stored = values[part]

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from hf_efcp.ops import triton_kernels as kernels
+from hf_efcp.ops.triton_moments import adam_  # noqa: F401  this backend's
 from hf_efcp.ops.triton_topk import push_topk
 
 if not hasattr(triton.language, "gather"):

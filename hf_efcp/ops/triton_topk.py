@@ -21,7 +21,7 @@ def float32(x):
 
 
 @triton.jit
-def _rounded(x, dtype: tl.constexpr):
+def rounded(x, dtype: tl.constexpr):
     """Float32 numbers in `dtype`, bfloat16 with ties to even."""
     if dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -162,7 +162,7 @@ def push_topk(
         stored = value.to(tl.float32) * scale
         tl.store(scales_ptr + tl.program_id(0).to(tl.int64) * window + row, scale, mask=writes != 0)
     else:
-        value = _rounded(x, values_ptr.dtype.element_ty)
+        value = rounded(x, values_ptr.dtype.element_ty)
         stored = float32(value)
     start = (first * window + row) * K
     entry = block * (window * K) + place
@@ -189,4 +189,4 @@ def push_topk(
         tl.store(grid + 1, zero, mask=in_grid)
     else:
         to = residual_ptr + first * BLOCK_SIZE + here
-        tl.store(to, _rounded(x, residual_ptr.dtype.element_ty), mask=mask & (within < accept * LENGTH))
+        tl.store(to, rounded(x, residual_ptr.dtype.element_ty), mask=mask & (within < accept * LENGTH))

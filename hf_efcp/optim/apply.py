@@ -30,6 +30,13 @@ def apply_(groups: list[dict[str, Any]], updates: list[Tensor], segments: Segmen
         lr, decay = group["lr"], group["weight_decay"]
         if lr and decay:
             factor = 1 - lr * decay * accept.double()
-            for parameter in params:
-                parameter.mul_(factor.to(parameter.device))
+            for device, there in _by_device(params).items():
+                torch._foreach_mul_(there, factor.to(device))
         torch._foreach_add_(params, [update_of[p].to(p.device) for p in params], alpha=-lr)
+
+
+def _by_device(params: list[Tensor]) -> dict[torch.device, list[Tensor]]:
+    found: dict[torch.device, list[Tensor]] = {}
+    for parameter in params:
+        found.setdefault(parameter.device, []).append(parameter)
+    return found

@@ -138,6 +138,11 @@ class EfcpOptimizer(Optimizer):
         raise NotImplementedError
 
     def _has_gradients(self) -> bool:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise NotImplementedError(
+                f"{type(self).__name__}.step() cannot be captured in a CUDA graph: learning rates and the schedule of "
+                "updates are the host's. Capture forward and backward passes, and step outside of the graph."
+            )
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
             raise NotImplementedError(

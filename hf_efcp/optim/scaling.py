@@ -62,8 +62,9 @@ def adam_(
 
 
 def _chunks(segment: Segment, update: Tensor, *names: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    moments = [segment.moments[name].split(_CHUNK) for name in names]
-    for u, *stored in zip(update.split(_CHUNK), *moments, strict=True):
+    size = ops.entries_per_pass(update.device, _CHUNK)
+    moments = [segment.moments[name].split(size) for name in names]
+    for u, *stored in zip(update.split(size), *moments, strict=True):
         yield u, stored
 
 

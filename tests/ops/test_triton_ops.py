@@ -174,7 +174,7 @@ import itertools
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from hf_efcp.ops import triton_ops
+from hf_efcp.ops import triton_moments, triton_ops
 from ops_cases import RESIDUALS, VALUES, draw, make_residual, make_window
 
 class Compiled:
@@ -194,7 +194,7 @@ class Compiled:
             if isinstance(value, torch.Tensor):
                 types[name] = f"*{triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).split('.')[1]]}"
                 aligned[index,] = [["tt.divisibility", 16]]
-            elif name in ("n_blocks", "window"):
+            elif name in ("n_blocks", "window", "n"):
                 types[name] = "i32"
             else:
                 types[name], given[index,] = "constexpr", value
@@ -206,7 +206,9 @@ class Compiled:
 triton_ops.push_topk = Compiled(triton_ops.push_topk)
 for name in ("window_dots", "window_combine"):
     setattr(triton_ops.kernels, name, Compiled(getattr(triton_ops.kernels, name)))
+triton_moments.adam = Compiled(triton_moments.adam)
 yes, row = torch.tensor(True), torch.tensor(1)
+triton_moments.adam_(draw(9), draw(9), draw(9).bfloat16(), row, yes, beta1=0.9, beta2=0.999)
 for (value, residual), size in (((1, 1), 4096), ((2, 2), 256)):
     indices, values, scales = make_window(2, 3, size, size // 100, VALUES[value], group=2)
     memory, grid = make_residual(draw(2, size), RESIDUALS[residual])
@@ -226,4 +228,4 @@ def test_kernels_compile_for_a_device(tmp_path):
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "8"
+    assert done.stdout.strip() == "9"

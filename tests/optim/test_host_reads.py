@@ -8,7 +8,7 @@ device, where there is one, with torch's own check.
 
 import pytest
 import torch
-from contract import CASES, Case, tiny_model
+from contract import CASES, Case, each_name, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_efcp.optim.base import EfcpOptimizer
@@ -85,6 +85,17 @@ def test_the_check_finds_what_waits():
     for waits in (lambda: torch.linalg.eigh(x), lambda: torch.linalg.solve(x, x), lambda: torch.ones(3).to("meta")):
         with pytest.raises(AssertionError), NoWait():
             waits()
+
+
+@each_name
+def test_a_captured_step_is_refused_by_name(case, monkeypatch):
+    model = tiny_model()
+    optimizer = case.build(model)
+    backward(model, "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(NotImplementedError, match=f"{type(optimizer).__name__}.step.* cannot be captured"):
+        optimizer.step()
 
 
 @pytest.mark.gpu

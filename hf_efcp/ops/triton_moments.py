@@ -1,0 +1,73 @@
+"""Adam's moments as a Triton kernel: one pass over update and moments, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_efcp.ops.torch_moments import ADAM_EPS
+from hf_efcp.ops.triton_topk import float32, rounded
+
+_PER_PROGRAM = 1024
+
+
+@triton.jit
+def adam(
+    update_ptr,
+    first_ptr,
+    second_ptr,
+    corrections_ptr,
+    step_ptr,
+    accept_ptr,
+    n,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """`torch_moments.adam_` for `SIZE` entries a program; `corrections` are `1 − βᵗ`, float32."""
+    start = tl.program_id(0).to(tl.int64) * SIZE
+    i = tl.arange(0, SIZE)
+    left = n - start
+    mask = i < left
+    accept = tl.load(accept_ptr).to(tl.int32)
+    kept = i < left * accept  # a bound for the mask: a scalar condition would have to be made a vector
+    u = tl.load(update_ptr + start + i, mask=mask, other=0.0)
+    mean = float32(tl.load(first_ptr + start + i, mask=mask, other=0.0))
+    square = float32(tl.load(second_ptr + start + i, mask=mask, other=0.0))
+    mean += (1 - BETA1) * (u - mean)
+    square += (1 - BETA2) * (u * u - square)
+    tl.store(first_ptr + start + i, rounded(mean, first_ptr.dtype.element_ty), mask=kept)
+    stored = square
+    if second_ptr.dtype.element_ty == tl.bfloat16:
+        # Stochastic: the noise below the bits that are kept is a hash of the value's own bits and the step.
+        bits = square.to(tl.int32, bitcast=True)
+        noise = (((bits ^ (tl.load(step_ptr).to(tl.int32) * 0x3C6EF35F)) * -0x61C88647) >> 8) & 0xFFFF
+        stored = ((bits + noise) & -0x10000).to(tl.float32, bitcast=True)
+    tl.store(second_ptr + start + i, rounded(stored, second_ptr.dtype.element_ty), mask=kept)
+    mean = tl.div_rn(mean, tl.load(corrections_ptr))
+    square = tl.sqrt_rn(tl.div_rn(square, tl.load(corrections_ptr + 1))) + EPS
+    tl.store(update_ptr + start + i, tl.where(kept, tl.div_rn(mean, square), 0.0), mask=mask)
+
+
+def adam_(
+    update: Tensor, first: Tensor, second: Tensor, step: Tensor, accept: Tensor, *, beta1: float, beta2: float
+) -> Tensor:
+    """See `torch_moments.adam_`."""
+    if not update.numel():
+        return update
+    count = step.double()
+    corrections = torch.stack([1 - beta1**count, 1 - beta2**count]).float()
+    with torch.cuda.device_of(update):
+        adam[(triton.cdiv(update.numel(), _PER_PROGRAM),)](
+            *(update, first, second, corrections, step, accept.view(torch.uint8), update.numel()),
+            BETA1=beta1,
+            BETA2=beta2,
+            EPS=ADAM_EPS,
+            SIZE=_PER_PROGRAM,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return update
