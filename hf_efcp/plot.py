@@ -160,7 +160,7 @@ def bars(values: Mapping[str, float], *, unit: str) -> Any:
     figure = new_figure(5.6, 0.6 + 0.42 * len(values))
     axis = figure.subplots()
     drawn = axis.barh(list(values), list(values.values()), color="#4c78a8")
-    axis.bar_label(drawn, labels=[f"{value:,.4g} {unit}" for value in values.values()], padding=3, fontsize=8)
+    axis.bar_label(drawn, labels=[f"{value:,.4g}" for value in values.values()], padding=3, fontsize=8)
     axis.set_xlim(0, 1.25 * max(values.values()))
     axis.set_xlabel(unit)
     axis.invert_yaxis()

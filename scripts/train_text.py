@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -33,6 +34,10 @@ class TextArguments(DataArguments):
     model_name_or_path: str = field(metadata={"help": "Hub id of a model, or a local folder."})
     text_column: str | None = field(default=None, metadata={"help": "Column of the text; found by its usual names."})
     text_pair_column: str | None = field(default=None, metadata={"help": "Column of a second text, if there is one."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train adapters of this rank (LoRA) and the head alone; needs peft."}
+    )
+    dora: bool = field(default=False, metadata={"help": "Let the adapters have a magnitude of their own (DoRA)."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a text; longer ones are cut."})
 
     def columns(self, features: list[str]) -> tuple[str, ...]:
@@ -55,6 +60,16 @@ def tokenized(examples: Dataset, tokenizer: PreTrainedTokenizerBase, columns: tu
     return examples.map(convert, batched=True, remove_columns=examples.column_names)
 
 
+def with_adapters(model: PreTrainedModel, rank: int, *, dora: bool) -> PreTrainedModel:
+    """The model with LoRA or DoRA on all its linear layers but the head, which is trained whole."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=dora
+    )
+    return get_peft_model(model, config)
+
+
 def main() -> None:
     data, args = HfArgumentParser((TextArguments, EfcpTrainingArguments)).parse_args_into_dataclasses()
     set_seed(args.seed)
@@ -68,6 +83,8 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(
         data.model_name_or_path, ignore_mismatched_sizes=True, **head
     )
+    if data.lora_rank is not None:
+        model = with_adapters(model, data.lora_rank, dora=data.dora)
     usual = "accuracy" if names else "pearsonr,spearmanr"
     trainer = EfcpTrainer(
         model=model,
