@@ -61,8 +61,9 @@ class Layout:
         return torch.zeros(self.size, dtype=dtype, device=device)
 
     def flatten(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        """A (size,) float32 copy of the tensors; `None` counts as zero."""
-        flat = ops.empty(self.size, device)
+        """A (size,) float32 copy of the tensors; `None` counts as zero. From a GPU it lies in pinned memory."""
+        source = next((t.device for t in tensors if t is not None), None)
+        flat = ops.empty(self.size, device, source)
         pieces = flat.split(self._pieces)
         targets = [piece.view(shape) for piece, shape in zip(pieces[::2], self.shapes, strict=True)]
         empty = [piece for piece in pieces[1::2] if len(piece)]

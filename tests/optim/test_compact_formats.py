@@ -105,17 +105,3 @@ def test_moments_in_bfloat16_give_nearly_the_same_weights():
         weights[dtype] = parameter.detach()
     gap = (weights["bfloat16"] - weights["float32"]).norm() / weights["float32"].norm()
     assert 0 < gap <= 0.02  # two decimals of bfloat16
-
-
-def test_state_device_keeps_the_state_there_and_changes_nothing():
-    """The device of the state is the parameters' own here; the path that moves gradient and update is the same."""
-    weights = []
-    for options in ({}, {"state_device": "cpu"}):
-        parameter = torch.nn.Parameter(torch.zeros(60, 50))
-        optimizer = make(parameter, scaling="adam", momentum=0.9, **options)
-        for gradient in gradients(20):
-            parameter.grad = gradient.clone()
-            optimizer.step()
-        weights.append(parameter.detach())
-    assert torch.equal(*weights)
-    assert optimizer.defaults["state_device"] == "cpu"
