@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_efcp.curvature.layers import Layer, gradient_rows, input_rows
+from hf_efcp.curvature.structures import Structure
 
 
 @dataclass
@@ -19,13 +20,14 @@ class Sums:
 
     inputs: Tensor  # Σ aaᵀ over rows a, as the structure sums it
     outputs: Tensor  # Σ ggᵀ over rows g of the unscaled loss's gradient
+    input_trace: Tensor  # () Σ |a|²/d
+    output_trace: Tensor  # () Σ |g|²/d
     rows: Tensor  # () number of rows a
     terms: Tensor | int  # number of loss terms, by the layer's own count
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(
-            self.inputs + other.inputs, self.outputs + other.outputs, self.rows + other.rows, self.terms + other.terms
-        )
+        mine, theirs = ([getattr(sums, f.name) for f in fields(Sums)] for sums in (self, other))
+        return Sums(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
 
 def kfac_rows(a: Tensor, g: Tensor, *, approx: str, has_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -175,9 +177,10 @@ class Collector:
             dtype = torch.promote_types(dtype, factors[0].dtype)
             g = gradient_rows(module, gradient).to(dtype) / self._scale()
             inputs, outputs = (factor.to(dtype) for factor in factors)
-            moment, g, rows, tokens = self._input_moment(layer, module, x, g, inputs)
+            moment, trace, g, rows, tokens = self._input_moment(layer, module, x, g, inputs)
             terms = tokens if self._count == "batch+sequence" else len(gradient_rows(module, gradient))
-            new = Sums(moment, layer.outputs.moment(outputs, g), rows, terms)
+            output_moment = layer.outputs.moment(outputs, g)
+            new = Sums(moment, output_moment, trace, _trace(layer.outputs, output_moment, g), rows, terms)
             self._sums[layer] = self._sums[layer] + new if layer in self._sums else new
 
     def _input_moment(
@@ -189,11 +192,17 @@ class Collector:
         key = (*key, type(module), type(layer.inputs), layer.inputs.numel)
         if self._last and self._last[0] == key and torch.equal(self._last[2], used):
             g = g.sum(1) if self._approx == "reduce" else g.flatten(0, 1)
-            return self._last[3], g, *self._last[4:]
+            return *self._last[3:5], g, *self._last[5:]
         a = input_rows(module, x).to(g.dtype)
         a, g, rows, tokens = kfac_rows(a, g, approx=self._approx, has_bias=layer.bias is not None)
         moment = layer.inputs.moment(factor, a)
         may_share = layer.inputs.sums_raw and isinstance(module, nn.Linear) and x.device.type == "cpu"
         # `x` itself is kept until the next layer, or another tensor could come to lie at its address.
-        self._last = (key, x, used, moment, rows, tokens) if may_share else ()
-        return moment, g, rows, tokens
+        trace = _trace(layer.inputs, moment, a)
+        self._last = (key, x, used, moment, trace, rows, tokens) if may_share else ()
+        return moment, trace, g, rows, tokens
+
+
+def _trace(structure: Structure, moment: Tensor, rows: Tensor) -> Tensor:
+    """() Σ |a|²/d over rows a, from their moment where that is Σ aaᵀ itself."""
+    return structure.mean_trace(moment) if structure.sums_raw else rows.square().sum() / structure.dim

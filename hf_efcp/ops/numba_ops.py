@@ -115,7 +115,15 @@ def window_combine_(
 
 
 def adam_(
-    update: Tensor, first: Tensor, second: Tensor, step: Tensor, accept: Tensor, *, beta1: float, beta2: float
+    update: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: Tensor,
+    accept: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float = ADAM_EPS,
 ) -> Tensor:
     """See `torch_moments.adam_`."""
     if not accept:
@@ -125,7 +133,7 @@ def adam_(
     rates = np.float32(1 - beta1), np.float32(1 - beta2)
     corrections = np.float32(1 - beta1**count), np.float32(1 - beta2**count)
     arrays = (_array(update), _array(first), _array(second))
-    _share(numba_moments.adam, len(update), len(update), *arrays, seed, rates, corrections, np.float32(ADAM_EPS))
+    _share(numba_moments.adam, len(update), len(update), *arrays, seed, rates, corrections, np.float32(eps))
     return update
 
 

@@ -12,7 +12,15 @@ _CHUNK = 1 << 18  # entries at a time: temporaries stay in cache
 
 
 def adam_(
-    update: Tensor, first: Tensor, second: Tensor, step: Tensor, accept: Tensor, *, beta1: float, beta2: float
+    update: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: Tensor,
+    accept: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float = ADAM_EPS,
 ) -> Tensor:
     """Replace `update` by Adam's direction over it (arXiv 1412.6980).
 
@@ -33,7 +41,7 @@ def adam_(
         square = v.float().lerp(u.square(), 1 - beta2)
         m.copy_(torch.where(accept, mean, m.float()))
         v.copy_(torch.where(accept, _rounded(square, v.dtype, step), v.float()))
-        direction = mean.div_(correction1).div_(square.div_(correction2).sqrt_().add_(ADAM_EPS))
+        direction = mean.div_(correction1).div_(square.div_(correction2).sqrt_().add_(eps))
         torch.where(accept, direction, direction.new_zeros(()), out=u)
     return update
 

@@ -1,27 +1,30 @@
-"""AdamW's direction, for the parameters that another rule leaves aside."""
+"""AdamW's direction, over gradients or over what a preconditioner makes of them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from hf_efcp import ops
 
-def adam_state(parameter: Tensor) -> dict[str, Tensor]:
-    """Both moments, float32."""
-    return {name: torch.zeros(parameter.shape, device=parameter.device) for name in ("exp_avg", "exp_avg_sq")}
+
+def adam_state(parameter: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Both moments."""
+    return {
+        name: torch.zeros(parameter.shape, dtype=dtype, device=parameter.device) for name in ("exp_avg", "exp_avg_sq")
+    }
 
 
 def adam_direction(
-    state: dict[str, Tensor], gradient: Tensor, count: int, *, beta1: float, beta2: float, eps: float
+    state: dict[str, Tensor], gradient: Tensor, count: Tensor, accept: Tensor, betas: tuple[float, float], eps: float
 ) -> Tensor:
-    """`m̂/(√v̂ + ε)` in float32 (arXiv 1412.6980); the moments take the gradient, which must be finite.
+    """`m̂/(√v̂ + ε)` in float32 (arXiv 1412.6980), a new tensor; the moments take the gradient.
 
     Args:
-        count: steps taken with these moments, this one included.
+        count: () steps taken with these moments, this one included.
+        accept: () bool; where false, the moments stay as they are and the direction is zero.
     """
-    gradient = gradient.float()
-    first, second = state["exp_avg"], state["exp_avg_sq"]
-    first.lerp_(gradient, 1 - beta1)
-    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    root = (second / (1 - beta2**count)).sqrt_().add_(eps)
-    return first / (1 - beta1**count) / root
+    update = gradient.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    moments = (state[name].view(-1) for name in ("exp_avg", "exp_avg_sq"))
+    ops.adam_(update.view(-1), *moments, count, accept, beta1=betas[0], beta2=betas[1], eps=eps)
+    return update

@@ -39,7 +39,15 @@ _PUBLISHED_SHAMPOO = {
     "momentum": 0.9,
 }
 
-_PUBLISHED_SINGD = {"scaling": "none", "warm_start": False, "normalize_lr_cov": False, "lr_cov": 1e-2}
+_PUBLISHED_SINGD = {
+    "kfac_like": False,
+    "damping": 1e-3,
+    "damping_mode": "absolute",
+    "lr_cov": 1e-2,
+    "limit_lr_cov": False,
+    "warm_steps": 0,
+    "scaling": "none",
+}
 
 _TOPK = ("density", "selection", "block_size")
 _COMPRESSED = (*_TOPK, "rank", "residual_dtype")
@@ -152,7 +160,15 @@ register(
         cls=SINGD,
         summary="SINGD: structured Kronecker factors of the inverse curvature, learned without inverting",
         paper=_SINGD,
-        defaults={"scaling": "layer_rms", "warm_start": True, "normalize_lr_cov": True, "lr_cov": 0.1},
+        defaults={
+            "kfac_like": True,
+            "damping": 0.1,
+            "damping_mode": "relative",
+            "lr_cov": 0.1,
+            "limit_lr_cov": True,
+            "warm_steps": 10,
+            "scaling": "adam",
+        },
         presets={"paper": _PUBLISHED_SINGD},
         needs_model=True,
     )

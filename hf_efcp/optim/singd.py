@@ -28,7 +28,10 @@ class SINGD(SingdLayers):
     differs: weight decay is decoupled, factors are float32 in a bfloat16 model, statistics are sums over all backward
     passes of a step, tokens without a gradient count nowhere, each group of a convolution counts for itself.
 
-        m ← momentum·m + CCᵀ G KKᵀ,   p ← p(1 − lr·weight_decay) − lr·m  (`scaling="layer_rms"`: m at a fixed RMS)
+        m ← momentum·m + CCᵀ G KKᵀ,   p ← p(1 − lr·weight_decay) − lr·m
+
+    `scaling="layer_rms"` gives a layer's m a fixed root mean square; `"adam"` steps along Adam's two moments of
+    `CCᵀ G KKᵀ` instead (`beta1`, `beta2`, `eps`; `momentum` is not used). With either AdamW's learning rates fit.
 
     fp16: the loss is scaled when statistics are taken, so call `use_scaler(scaler)`; hf_efcp's callback does it under
     Trainer. Clipping raw gradients shortens the step and not the curvature: prefer `max_update_norm` or `kl_clip`.
@@ -49,14 +52,18 @@ class SINGD(SingdLayers):
         kfac_like: IKFAC.
         preconditioner_dtype: of K and C; `None` is float32. Updates of 1 % stall in bfloat16.
         normalize_lr_cov: divide `lr_cov` by the direction's largest entry.
+        damping_mode: `"relative"`: U and V are measured in units of their mean eigenvalues, and λ with them.
+        limit_lr_cov: divide `lr_cov` by the direction's spectral radius, where above 1.
+        warm_steps: first steps that all update the factors, the n-th with `lr_cov` of at least 1/n.
         lr_cov_warmup: updates over which `lr_cov` rises.
         warm_start: start at the scale of the first statistics, where the published rule starts at I and grows.
         max_growth: bound on `τ(KKᵀ)·τ(CCᵀ)`.
-        scaling, rms: `"layer_rms"` gives a layer's step that root mean square; learning rates are then AdamW's.
+        scaling, rms: see above.
         max_update_norm, kl_clip: clip the preconditioned gradient.
         max_dense_dim: dense factors wider than this, as a vocabulary's, are diagonal.
         cache_metrics: keep KKᵀ and CCᵀ of dense factors.
         fallback_lr: AdamW's rate while `lr` is at its first value; follows `lr`'s schedule.
+        moment_dtype: of Adam's moments; bfloat16 is rounded stochastically.
         beta1, beta2, eps: AdamW's.
         warn_unsupported: log what AdamW optimizes.
         init_grad_scale: of the loss, where no scaler is known.
@@ -90,6 +97,9 @@ class SINGD(SingdLayers):
         normalize_lr_cov: bool = False,
         params: Iterable[Any] | None = None,
         *,
+        damping_mode: str = "absolute",
+        limit_lr_cov: bool = False,
+        warm_steps: int = 0,
         lr_cov_warmup: int = 0,
         warm_start: bool = False,
         max_growth: float | None = None,
@@ -100,6 +110,7 @@ class SINGD(SingdLayers):
         max_dense_dim: int = 4096,
         cache_metrics: bool = True,
         fallback_lr: float | None = None,
+        moment_dtype: str = "float32",
         beta1: float = 0.9,
         beta2: float = 0.999,
         eps: float = 1e-8,
@@ -112,14 +123,18 @@ class SINGD(SingdLayers):
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         layer = self._layer_of(parameter)
         state: dict[str, Tensor] = {}
-        if layer is None or "exp_avg" in self.state.get(parameter, {}):
-            state.update(adam_state(parameter), adam_step=self._zero(parameter))
-        if layer is not None and self.param_groups[0]["momentum"]:
+        if layer is None or self.defaults["scaling"] == "adam" or "exp_avg" in self.state.get(parameter, {}):
+            state.update(self._new_moments(parameter))
+        elif self.param_groups[0]["momentum"]:
             dtype = torch.promote_types(torch.float32, parameter.dtype)
             state["momentum"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
         if layer is not None and parameter is layer.weight:
             state.update(new_factors(layer, self.defaults), refreshes=self._zero(parameter))
         return state
+
+    def _new_moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        dtype = getattr(torch, self.defaults["moment_dtype"])
+        return {**adam_state(parameter, dtype), "adam_step": self._zero(parameter)}
 
     def _zero(self, parameter: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.int64, device=self._counting_device(parameter.device))
@@ -159,14 +174,24 @@ class SINGD(SingdLayers):
         scale = clip_scale(directions, gradients, self.param_groups[0]["lr"], self.defaults)
         group_of = {p: group for group in self.param_groups for p in group["params"]}
         moved = {p for layer in directions for p in layer.parameters if p.grad is not None}
+        apply = self._apply_adam_to_layer if self.defaults["scaling"] == "adam" else self._apply_layer
         for layer, direction in directions.items():
-            self._apply_layer(layer, direction if scale is None else direction * scale.to(direction), group_of, accept)
+            apply(layer, direction if scale is None else direction * scale.to(direction), group_of, accept)
         for p, group in group_of.items():
             if p.grad is not None and p not in moved:
-                self._apply_adam(p, group, accept)
+                self._apply_adam(p, p.grad, group, group["lr"] * self._fallback_ratio(), accept)
             if p.grad is not None:
                 self.state[p]["step"] += 1
         self._count_step()
+
+    def _apply_adam_to_layer(self, layer: Layer, direction: Tensor, group_of: dict, accept: Tensor) -> None:
+        """Adam over a layer's preconditioned gradient; one that overflowed leaves the layer as it is."""
+        finite = direction.sum().isfinite() & accept.to(direction.device)
+        if self._reads(finite) and not finite:
+            return
+        for p, part in zip(layer.parameters, layer.split(direction), strict=True):
+            if p.grad is not None:
+                self._apply_adam(p, part, group_of[p], group_of[p]["lr"], finite)
 
     def _apply_layer(self, layer: Layer, direction: Tensor, group_of: dict, accept: Tensor) -> None:
         """Momentum, length and the step of a layer; one whose direction overflowed stays, but for its decay."""
@@ -194,23 +219,16 @@ class SINGD(SingdLayers):
         for p, part in updates.items():
             self._move(p, part, group_of[p], group_of[p]["lr"], accept)
 
-    def _apply_adam(self, p: Tensor, group: dict[str, Any], accept: Tensor) -> None:
+    def _apply_adam(self, p: Tensor, gradient: Tensor, group: dict[str, Any], lr: float, accept: Tensor) -> None:
         state = self.state[p]
         if "exp_avg" not in state:
             logger.warning("A layer of shape %s has a gradient and never ran: AdamW optimizes it.", tuple(p.shape))
-            state.update(adam_state(p), adam_step=self._zero(p))
-        there = accept.to(p.device)
+            state.update(self._new_moments(p))
         state["adam_step"] += 1
-        betas = {name: self.defaults[name] for name in ("beta1", "beta2", "eps")}
-        if self._reads(there):
-            update = adam_direction(state, p.grad, int(state["adam_step"]), **betas)
-        else:
-            kept = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
-            update = adam_direction(state, p.grad, int(state["adam_step"]), **betas)
-            for name, value in kept.items():
-                state[name].copy_(torch.where(there, state[name], value))
-            update = torch.where(there, update, 0)
-        self._move(p, update, group, group["lr"] * self._fallback_ratio(), accept)
+        betas = self.defaults["beta1"], self.defaults["beta2"]
+        count, there = state["adam_step"].to(p.device), accept.to(p.device)
+        update = adam_direction(state, gradient, count, there, betas, self.defaults["eps"])
+        self._move(p, update, group, lr, accept)
 
     def _move(self, p: Tensor, update: Tensor, group: dict[str, Any], lr: float, accept: Tensor) -> None:
         if lr and group["weight_decay"]:

@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 from hf_efcp.curvature.layer_statistics import Collector, Sums
 from hf_efcp.curvature.layers import Layer, Plan, find_layers
-from hf_efcp.curvature.structures import Diagonal, Structure
+from hf_efcp.curvature.structures import DenseMetric, Diagonal, Structure
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
-from hf_efcp.optim.singd_state import FactorPair
+from hf_efcp.optim.singd_state import FactorPair, factor_name, stores_metric_alone
 
 logger = logging.getLogger(__name__)
 
-_PLANNING = ("structures", "max_dense_dim", "kfac_approx", "loss_average")  # options that layers or hooks depend on
+# Options that layers or hooks depend on.
+_PLANNING = (
+    *("structures", "max_dense_dim", "kfac_approx", "loss_average"),
+    *("kfac_like", "alpha1", "normalize_lr_cov"),
+)
 
 
 class SingdLayers(ParameterwiseOptimizer):
@@ -146,8 +150,12 @@ class SingdLayers(ParameterwiseOptimizer):
         self._plan = find_layers(self._model, trained, structures, self.defaults["max_dense_dim"])
         self._of_parameter = {p: layer for layer in self._plan.layers for p in layer.parameters}
         for layer in self._plan.layers:
-            state = self.state.get(layer.weight, {})
-            if "input_factor" in state and state["input_factor"].numel() != layer.inputs.numel:
+            layer.inputs, layer.outputs = (
+                DenseMetric(s.dim) if stores_metric_alone(s, self.defaults) else s
+                for s in (layer.inputs, layer.outputs)
+            )
+            state, name = self.state.get(layer.weight, {}), factor_name("input", layer.inputs)
+            if name in state and state[name].numel() != layer.inputs.numel:
                 for name in [n for n in state if n.startswith(("input_", "output_")) or n == "refreshes"]:
                     del state[name]
         self._collector = Collector(
@@ -191,7 +199,10 @@ class SingdLayers(ParameterwiseOptimizer):
     def _is_due(self, layer: Layer | None = None) -> bool:
         """Whether this step updates factors; those of a layer that has never run are due whenever it runs first."""
         shared = self._shared()
-        if "steps" not in shared or int(shared["steps"]) % self.defaults["T"] == 0:
+        if "steps" not in shared:
+            return True
+        steps = int(shared["steps"])
+        if steps < self.defaults["warm_steps"] or steps % self.defaults["T"] == 0:
             return True
         return layer is not None and int(self.state[layer.weight]["refreshes"]) == 0
 
@@ -200,7 +211,8 @@ class SingdLayers(ParameterwiseOptimizer):
 
     def _factors(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
         state = self.state.get(layer.weight, {})
-        return (state["input_factor"], state["output_factor"]) if "input_factor" in state else None
+        names = factor_name("input", layer.inputs), factor_name("output", layer.outputs)
+        return (state[names[0]], state[names[1]]) if names[0] in state else None
 
     def _statistics(self, layer: Layer) -> Sums | None:
         return self._collector.sums(layer)

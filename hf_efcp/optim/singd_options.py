@@ -70,6 +70,13 @@ SINGD_OPTIONS = (
         source=_SINGD,
     ),
     Option("damping", float, "λ, added to the curvature", low=0, source=_SINGD),
+    Option(
+        "damping_mode",
+        str,
+        "λ as it is, or U and V in units of their mean eigenvalues, so that no scale of the loss matters",
+        choices=("absolute", "relative"),
+        source=_HERE,
+    ),
     Option("alpha1", float, "momentum α₁ of the factors' directions", low=0, high=1, high_open=True, source=_SINGD),
     Option("weight_decay", float, "decoupled weight decay, times lr", low=0, source=_ADAMW),
     Option("T", int, "steps between updates of the factors", low=1, high=1_000_000, source=_SINGD),
@@ -95,6 +102,20 @@ SINGD_OPTIONS = (
     Option(
         "normalize_lr_cov", bool, "divide lr_cov by the largest entry of the direction, if above 1", source=_PACKAGE
     ),
+    Option(
+        "limit_lr_cov",
+        bool,
+        "divide lr_cov by the direction's spectral radius, if above 1: no update overshoots",
+        source=_HERE,
+    ),
+    Option(
+        "warm_steps",
+        int,
+        "first steps that all update the factors, the n-th by at least 1/n: they start as means",
+        low=0,
+        high=1_000_000,
+        source=_HERE,
+    ),
     Option("lr_cov_warmup", int, "updates over which lr_cov rises from 0", low=0, high=1_000_000, source=_HERE),
     Option("warm_start", bool, "start factors at the scale of the first statistics instead of I", source=_HERE),
     Option(
@@ -109,8 +130,8 @@ SINGD_OPTIONS = (
     Option(
         "scaling",
         str,
-        "length of a layer's step: as it comes, or of a fixed root mean square",
-        choices=("none", "layer_rms"),
+        "a layer's step: as it comes, of a fixed root mean square, or by Adam's moments of it (no momentum)",
+        choices=("none", "layer_rms", "adam"),
         source=_HERE,
     ),
     Option("rms", float, "that root mean square", low=0, low_open=True, source=_HERE),
@@ -140,6 +161,13 @@ SINGD_OPTIONS = (
         "AdamW's rate for all other parameters while `lr` is its first value; none: `lr`",
         low=0,
         optional=True,
+        source=_HERE,
+    ),
+    Option(
+        "moment_dtype",
+        str,
+        "dtype of Adam's moments; the second is rounded stochastically",
+        choices=("float32", "bfloat16"),
         source=_HERE,
     ),
     Option("beta1", float, "AdamW's β₁", low=0, high=1, high_open=True, source=_ADAMW),

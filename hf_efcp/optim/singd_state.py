@@ -8,12 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efcp.curvature.kronecker import Factor, bound_growth, precondition, starting_scale, update_factors
+from hf_efcp.curvature.kronecker import Factor, at_starting_scale, bound_growth, precondition, update_factors
 from hf_efcp.curvature.layer_statistics import Sums
 from hf_efcp.curvature.layers import Layer
-from hf_efcp.curvature.structures import Dense
+from hf_efcp.curvature.structures import Dense, DenseMetric, Structure
 
 _SIDES = ("input", "output")
+
+
+def has_directions(options: Mapping[str, Any]) -> bool:
+    """Whether a momentum of the factors' directions is kept."""
+    return bool(options["alpha1"]) and not options["kfac_like"]
+
+
+def stores_metric_alone(structure: Structure, options: Mapping[str, Any]) -> bool:
+    """Whether a dense factor's update needs no more than KKᵀ: all but momentum, and the largest entry of m, do."""
+    return type(structure) is Dense and not has_directions(options) and not options["normalize_lr_cov"]
+
+
+def factor_name(side: str, structure: Structure) -> str:
+    """The key in `state` of what is stored of a factor: of the input's K, or KKᵀ where that is all."""
+    return f"{side}_metric" if isinstance(structure, DenseMetric) else f"{side}_factor"
 
 
 def new_factors(layer: Layer, options: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -24,10 +39,10 @@ def new_factors(layer: Layer, options: Mapping[str, Any]) -> dict[str, Tensor]:
         precise = torch.promote_types(torch.float32, layer.weight.dtype)
         dtype = precise if word == "none" else getattr(torch, word)
         identity = structure.identity(dtype, layer.weight.device)
-        state[f"{side}_factor"] = identity
-        if options["alpha1"] and not options["kfac_like"]:
+        state[factor_name(side, structure)] = identity
+        if has_directions(options):
             state[f"{side}_direction"] = torch.zeros_like(identity)
-        if options["cache_metrics"] and isinstance(structure, Dense):
+        if options["cache_metrics"] and type(structure) is Dense:
             state[f"{side}_metric"] = identity.clone()
     return state
 
@@ -47,7 +62,7 @@ class FactorPair:
     @property
     def dtype(self) -> torch.dtype:
         """In which steps are computed: float32, float64 if a factor or the weight is."""
-        dtypes = [self.state[f"{side}_factor"].dtype for side in _SIDES]
+        dtypes = [tensor.dtype for _, _, tensor in self._stored()]
         return torch.promote_types(
             torch.promote_types(*dtypes), torch.promote_types(torch.float32, self.layer.weight.dtype)
         )
@@ -60,60 +75,66 @@ class FactorPair:
     def refresh(self, sums: Sums, loss_terms: Tensor | float | None) -> None:
         """One update of both factors from a step's sums; statistics that are not finite change nothing."""
         options, inputs, outputs = self.options, *self._factors()
-        terms = sums.terms if loss_terms is None else loss_terms
-        if options["loss_average"] is None:
-            terms = 1
-        u = sums.inputs.to(self.dtype) / sums.rows.clamp_min(1)
-        v = sums.outputs.to(self.dtype) * terms
+        u, v = self._curvatures(sums, loss_terms)
         count = int(self.state["refreshes"])
-        h_k = inputs.structure.finish(inputs.values, u)
-        h_c = outputs.structure.finish(outputs.values, v)
         if options["warm_start"] and count == 0:
-            scales = starting_scale(inputs.structure, h_k, outputs.structure, h_c, options)
-            inputs, outputs = (
-                factor._replace(values=factor.values * scale)
-                for factor, scale in zip((inputs, outputs), scales, strict=True)
-            )
+            inputs, outputs = at_starting_scale(inputs, outputs, u, v, options)
         else:
-            warmth = min(1.0, (count + 1) / max(1, options["lr_cov_warmup"]))
-            inputs, outputs = update_factors(inputs, outputs, h_k, h_c, options, options["lr_cov"] * warmth)
+            inputs, outputs = update_factors(inputs, outputs, u, v, options, self._lr_cov(count))
         if options["max_growth"] is not None:
             inputs, outputs = bound_growth(inputs, outputs, options["max_growth"])
         self._write(inputs, outputs)
         self.state["refreshes"] += 1
 
+    def _lr_cov(self, count: int) -> float:
+        """β after `count` updates: a mean over the first ones, where they are to be fast."""
+        options = self.options
+        beta = options["lr_cov"] * min(1.0, (count + 1) / max(1, options["lr_cov_warmup"]))
+        return max(beta, 1 / (count + 1)) if count < options["warm_steps"] else beta
+
+    def _curvatures(self, sums: Sums, loss_terms: Tensor | float | None) -> tuple[Tensor, Tensor]:
+        """U and V; with relative damping in units of their mean eigenvalues."""
+        inputs, outputs = sums.inputs.to(self.dtype), sums.outputs.to(self.dtype)
+        if self.options["damping_mode"] == "relative":
+            tiny = torch.finfo(self.dtype).tiny
+            return inputs / sums.input_trace.clamp_min(tiny), outputs / sums.output_trace.clamp_min(tiny)
+        terms = sums.terms if loss_terms is None else loss_terms
+        return inputs / sums.rows.clamp_min(1), outputs * (1 if self.options["loss_average"] is None else terms)
+
     def precondition(self, gradient: Tensor) -> Tensor:
         """`CCᵀ G KKᵀ` of a (d_o, d_i) gradient in `dtype`."""
-        metrics = [self.state.get(f"{side}_metric") for side in _SIDES]
-        inputs, outputs = self._factors()
-        return precondition(gradient, inputs, outputs, tuple(m if m is None else m.to(self.dtype) for m in metrics))
+        return precondition(gradient, *self._factors())
 
     def growth(self) -> Tensor:
         """() `τ(KKᵀ)·τ(CCᵀ)`: how much longer a mean step is than SGD's."""
-        traces = [f.structure.mean_trace(f.structure.gram(f.values)) for f in self._factors()]
+        traces = [f.structure.mean_square(f.values) for f in self._factors()]
         return traces[0] * traces[1]
+
+    def _stored(self) -> list[tuple[str, Structure, Tensor]]:
+        """Side, structure and stored tensor of both factors."""
+        pairs = zip(_SIDES, (self.layer.inputs, self.layer.outputs), strict=True)
+        return [(side, structure, self.state[factor_name(side, structure)]) for side, structure in pairs]
 
     def _factors(self) -> list[Factor]:
         factors = []
-        for side, structure in zip(_SIDES, (self.layer.inputs, self.layer.outputs), strict=True):
-            direction = self.state.get(f"{side}_direction")
-            direction = None if direction is None else direction.to(self.dtype)
-            factors.append(Factor(structure, self.state[f"{side}_factor"].to(self.dtype), direction))
+        for side, structure, stored in self._stored():
+            extra = [self.state.get(f"{side}_{name}") for name in ("direction", "metric")]
+            extra = [None if tensor is None else tensor.to(self.dtype) for tensor in extra]
+            factors.append(Factor(structure, stored.to(self.dtype), *extra))
         return factors
 
     def _write(self, *factors: Factor) -> None:
         finite = torch.stack([f.values.isfinite().all() for f in factors]).all()
-        for side, factor in zip(_SIDES, factors, strict=True):
-            self._copy(f"{side}_factor", factor.values, finite)
+        for factor, (side, structure, stored) in zip(factors, self._stored(), strict=True):
+            _copy(stored, factor.values, finite)
             if factor.momentum is not None:
-                self._copy(f"{side}_direction", factor.momentum, finite)
-            if f"{side}_metric" in self.state:
-                stored = self.state[f"{side}_factor"].to(self.dtype).view(factor.structure.dim, -1)
-                self.state[f"{side}_metric"].copy_((stored @ stored.T).flatten())
+                _copy(self.state[f"{side}_direction"], factor.momentum, finite)
+            if factor.metric is not None and not isinstance(structure, DenseMetric):
+                self.state[f"{side}_metric"].copy_(structure.metric(stored.to(self.dtype)))
 
-    def _copy(self, name: str, value: Tensor, finite: Tensor) -> None:
-        old = self.state[name]
-        old.copy_(torch.where(finite, value.to(old.dtype), old))
+
+def _copy(old: Tensor, value: Tensor, where: Tensor) -> None:
+    old.copy_(torch.where(where, value.to(old.dtype), old))
 
 
 def clip_scale(

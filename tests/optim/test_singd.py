@@ -8,6 +8,7 @@ from oracle_singd import DenseLayer, moments
 from torch import nn
 
 from hf_efcp.optim.singd import SINGD
+from hf_efcp.optim.singd_state import FactorPair
 
 PLAIN = {"lr": 0.05, "T": 2, "lr_cov": 0.2, "damping": 0.1, "momentum": 0.9}
 
@@ -94,12 +95,12 @@ def test_ten_steps_are_the_papers(options, tokens):
         torch.testing.assert_close(parameters(model), parameters(twin), rtol=1e-10, atol=1e-12)
 
 
-def fixed(kfac_like, updates=4000):
-    """A layer's factors after many updates with the same statistics, its U, V and damping."""
+def fixed(kfac_like, updates=4000, **options):
+    """A layer's KKᵀ and CCᵀ after many updates with the same statistics, and its U and V."""
     torch.manual_seed(1)
     model = nn.Linear(4, 3, bias=False).double()
     x, y = torch.randn(40, 4, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64)
-    optimizer = SINGD(model, lr=0.0, T=1, lr_cov=0.1, damping=0.1, alpha1=0.0, kfac_like=kfac_like)
+    optimizer = SINGD(model, lr=0.0, T=1, lr_cov=0.1, damping=0.1, alpha1=0.0, kfac_like=kfac_like, **options)
     for _ in range(updates // 10):
         optimizer.zero_grad()
         (model(x) - y).square().sum(-1).mean().backward()
@@ -107,29 +108,29 @@ def fixed(kfac_like, updates=4000):
     with torch.no_grad():
         u, v = moments(x, 2 * (model(x) - y) / 40, 40)
     state = optimizer.state[model.weight]
-    return state["input_factor"].view(4, 4), state["output_factor"].view(3, 3), u, v
+    return state["input_metric"].view(4, 4), state["output_metric"].view(3, 3), u, v
 
 
 def test_ikfac_arrives_at_the_damped_inverse():
     """`KKᵀ = (U + λI)⁻¹` and `CCᵀ = (V + λI)⁻¹`: K-FAC's preconditioner."""
-    k, c, u, v = fixed(kfac_like=True)
-    torch.testing.assert_close(k @ k.T, torch.linalg.inv(u + 0.1 * torch.eye(4)), rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(c @ c.T, torch.linalg.inv(v + 0.1 * torch.eye(3)), rtol=1e-6, atol=1e-8)
+    kk, cc, u, v = fixed(kfac_like=True)
+    torch.testing.assert_close(kk, torch.linalg.inv(u + 0.1 * torch.eye(4)), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(cc, torch.linalg.inv(v + 0.1 * torch.eye(3)), rtol=1e-6, atol=1e-8)
 
 
 def test_ingd_arrives_at_its_fixed_point():
-    """`τ(CᵀVC) KᵀUK + λ τ(CᵀC) KᵀK = I`."""
-    k, c, u, v = fixed(kfac_like=False)
-    left = (c.T @ v @ c).trace() / 3 * (k.T @ u @ k) + 0.1 * (c.T @ c).trace() / 3 * (k.T @ k)
-    torch.testing.assert_close(left, torch.eye(4, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    """`τ(CᵀVC) KᵀUK + λ τ(CᵀC) KᵀK = I`, which is `KKᵀ (τ(CᵀVC) U + λ τ(CᵀC) I) = I`."""
+    kk, cc, u, v = fixed(kfac_like=False)
+    curvature = (v @ cc).trace() / 3 * u + 0.1 * cc.trace() / 3 * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(kk @ curvature, torch.eye(4, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
 def test_ikfacs_input_side_solves_least_squares():
     """Where outputs are uncorrelated the curvature is `U ⊗ I`: `G KKᵀ` is the damped Newton step."""
-    k, _, u, _ = fixed(kfac_like=True)
+    kk, _, u, _ = fixed(kfac_like=True)
     gradient = torch.randn(3, 4, dtype=torch.float64)
     exact = torch.linalg.solve(u + 0.1 * torch.eye(4, dtype=torch.float64), gradient.T).T
-    torch.testing.assert_close(gradient @ k @ k.T, exact, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(gradient @ kk, exact, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("structures", ["block7diagonal", "block30diagonal", "hierarchical7_15"])
@@ -176,6 +177,83 @@ def test_warm_start_is_the_scale_of_the_fixed_point():
     k, c = optimizer.state[model.weight]["input_factor"][0], optimizer.state[model.weight]["output_factor"][0]
     traces = u.trace() / 4 * v.trace() / 3
     torch.testing.assert_close(k**2 * c**2 * (traces + 1e-3), torch.ones_like(k))
+
+
+def test_limited_updates_do_not_overshoot():
+    """Inputs with a mean spread over all of them: ρ(m) is d·max|m|, and an update by that entry turns K round."""
+
+    def trained(**options):
+        torch.manual_seed(0)
+        model = nn.Linear(20, 2, bias=False).double()
+        optimizer = SINGD(model, lr=0.0, T=1, kfac_like=True, damping_mode="relative", lr_cov=0.5, **options)
+        x = 3 + torch.randn(50, 20, dtype=torch.float64)
+        for _ in range(60):
+            optimizer.zero_grad()
+            (model(x) ** 2).sum(-1).mean().backward()
+            optimizer.step()
+        return FactorPair(optimizer._layers()[0], optimizer.state[model.weight], optimizer.defaults), x.T @ x
+
+    pair, u = trained(damping=0.1, limit_lr_cov=True)
+    curvature = u / (u.trace() / 20) + 0.1 * torch.eye(20, dtype=torch.float64)
+    torch.testing.assert_close(pair.state["input_metric"].view(20, 20) @ curvature, torch.eye(20).double())
+    assert trained(damping=0.1, normalize_lr_cov=True)[0].growth() > 1e3 * pair.growth()
+
+
+def test_relative_damping_forgets_the_scale_of_the_loss():
+    ends = []
+    for scale in (1.0, 1e-3):
+        model = Deep()
+        optimizer = SINGD(model, **{**PLAIN, "lr": 0.0, "damping_mode": "relative", "damping": 0.1})
+        for step in range(4):
+            optimizer.zero_grad()
+            (scale * loss_of(model, *batch(step))).backward()
+            optimizer.step()
+        ends.append(optimizer.state[model.first.weight]["output_factor"])
+    torch.testing.assert_close(*ends)
+
+
+def test_relative_damping_is_in_mean_eigenvalues():
+    """IKFAC arrives at `KKᵀ = (U/τ(U) + λI)⁻¹`."""
+    kk, cc, u, v = fixed(kfac_like=True, damping_mode="relative")
+    for metric, moment in ((kk, u), (cc, v)):
+        d = len(moment)
+        expected = torch.linalg.inv(moment / (moment.trace() / d) + 0.1 * torch.eye(d, dtype=torch.float64))
+        torch.testing.assert_close(metric, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_adam_over_factors_that_stay_is_adamw(moment_dtype):
+    """With lr_cov = 0 the factors are I, and the step torch's AdamW's; bfloat16 moments are near it."""
+    model = Deep().float()
+    twin = copy.deepcopy(model)
+    options = {"lr": 0.01, "weight_decay": 0.1, "lr_cov": 0.0, "scaling": "adam"}
+    ours, theirs = (
+        SINGD(model, **options, moment_dtype=moment_dtype),
+        torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.1),
+    )
+    for step in range(10):
+        for net, optimizer in ((model, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            loss_of(net, *(t.float() for t in batch(step))).backward()
+            optimizer.step()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if moment_dtype == "float32" else {"rtol": 0.05, "atol": 3e-3}
+    torch.testing.assert_close(parameters(model), parameters(twin), **tolerance)
+
+
+def test_warm_steps_take_a_mean_of_the_first_curvatures():
+    """IKFAC, each factor a number, from I: `n`-th update with `lr_cov` 1/n, at every step before `warm_steps`."""
+    model = nn.Linear(1, 1, bias=False).double()
+    optimizer = SINGD(model, lr=0.0, T=10, lr_cov=1e-3, damping=0.0, kfac_like=True, warm_steps=3)
+    k, expected = 1.0, []
+    for step in range(11):
+        optimizer.zero_grad()
+        (model(torch.full((1, 1), 0.5 + 0.1 * step, dtype=torch.float64)) ** 2).sum().backward()
+        optimizer.step()
+        if step < 3 or step == 10:
+            beta = max(1e-3, 1 / (step + 1)) if step < 3 else 1e-3
+            k -= beta * k * 0.5 * (k**2 * (0.5 + 0.1 * step) ** 2 - 1)
+        expected.append(k**2)
+        torch.testing.assert_close(optimizer.state[model.weight]["input_metric"].item(), expected[-1])
 
 
 def test_growth_is_bounded():

@@ -72,7 +72,7 @@ def test_padding_does_not_matter(kind):
 def test_loss_terms_may_be_given():
     """`num_items_in_batch`: a mean over 4 labels, where 24 tokens have gradients."""
     given, scaled = Deep(), Deep()
-    options = {**PLAIN, "damping": 0.0, "T": 1, "kfac_like": True, "momentum": 0.0}
+    options = {**PLAIN, "damping": 0.0, "T": 1, "kfac_like": True, "momentum": 0.0, "lr_cov": 0.002}
     optimizers = [SINGD(model, **options, loss_average="batch+sequence") for model in (given, scaled)]
     for model, optimizer, terms in zip((given, scaled), optimizers, (4, 24), strict=True):
         x, y = batch(0, tokens=(4,))
@@ -81,10 +81,12 @@ def test_loss_terms_may_be_given():
             optimizer.set_loss_terms(4)
         optimizer.step()
     for module in ("first", "second"):
-        states = [opt.state[getattr(m, module).weight] for opt, m in zip(optimizers, (given, scaled), strict=True)]
-        identity = torch.eye(7 if module == "first" else 3, dtype=torch.float64).flatten()
-        # C = (1 + ½β) I − ½β V, and V = N Σ ggᵀ is 24/4 times larger where the loss is.
-        v = [1.1 * identity - state["output_factor"] for state in states]
+        v = []
+        for optimizer, model in zip(optimizers, (given, scaled), strict=True):
+            state, d = optimizer.state[getattr(model, module).weight], 7 if module == "first" else 3
+            values, vectors = torch.linalg.eigh(state["output_metric"].view(d, d))
+            # CCᵀ is the square of C = (1 + ½β) I − ½β V, and V = N Σ ggᵀ is 24/4 times larger where the loss is.
+            v.append(1.001 * torch.eye(d, dtype=torch.float64) - vectors @ values.sqrt().diag() @ vectors.T)
         torch.testing.assert_close(v[0], 6 * v[1])
 
 

@@ -50,7 +50,7 @@ def test_accumulation_is_a_larger_batch(tiny_bert, texts, arguments):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated, "max_steps": 2}
-        args = arguments(**{**ARGS, "optim_args": "T=1"}, **changes)
+        args = arguments(**{**ARGS, "optim_args": "T=1,scaling=layer_rms"}, **changes)
         Trainer(model, args, train_dataset=texts).train()
         ends.append(weights(model))
     for name in ends[0]:  # AdamW divides rounding by rounding where an embedding's gradient vanishes

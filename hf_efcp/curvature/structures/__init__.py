@@ -7,11 +7,20 @@ import re
 
 from hf_efcp.curvature.structures.base import Structure
 from hf_efcp.curvature.structures.block import BlockDiagonal
-from hf_efcp.curvature.structures.dense import Dense, Diagonal
+from hf_efcp.curvature.structures.dense import Dense, DenseMetric, Diagonal
 from hf_efcp.curvature.structures.hierarchical import Hierarchical
 from hf_efcp.curvature.structures.toeplitz import TriangularToeplitz
 
-__all__ = ["BlockDiagonal", "Dense", "Diagonal", "Hierarchical", "Structure", "TriangularToeplitz", "make_structure"]
+__all__ = [
+    "BlockDiagonal",
+    "Dense",
+    "DenseMetric",
+    "Diagonal",
+    "Hierarchical",
+    "Structure",
+    "TriangularToeplitz",
+    "make_structure",
+]
 
 _PATTERNS = {
     "dense": lambda dim: Dense(dim),

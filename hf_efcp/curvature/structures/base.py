@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+_POWER_ITERATIONS = 6
 _CHUNK = 64  # rows of a matrix at a time, where a structure has no product of its own: never all d×d
 
 
@@ -69,6 +70,37 @@ class Structure:
         """() tr(M)/d."""
         one = self.identity(values.dtype, values.device)
         return (values * one).sum() / one.sum()
+
+    def mean_curvature(self, values: Tensor, moment: Tensor, metric: Tensor | None = None) -> Tensor:
+        """() tr(MᵀUM)/d, from the sum of `moment`s; `metric` is MMᵀ where it is kept."""
+        return self.mean_trace(self.finish(values, moment))
+
+    def times_metric(self, values: Tensor, rows: Tensor) -> Tensor:
+        """`rows @ MMᵀ`."""
+        return self.apply(values, self.apply(values, rows), transpose=True)
+
+    def scaled(self, values: Tensor, factor: Tensor) -> Tensor:
+        """`factor · M`."""
+        return values * factor
+
+    def mean_square(self, values: Tensor) -> Tensor:
+        """() tr(MᵀM)/d, for structures that store each entry of M once."""
+        return values.square().sum() / self.dim
+
+    def damped(self, values: Tensor, moment: Tensor, weight: Tensor | float, damping: Tensor | float) -> Tensor:
+        """Π(Mᵀ(weight·U + damping·I)M) from the sum of `moment`s."""
+        if not self.sums_raw:
+            return weight * self.finish(values, moment) + damping * self.gram(values)
+        return self.finish(values, weight * moment + damping * self.identity(moment.dtype, moment.device))
+
+    def radius(self, values: Tensor) -> Tensor:
+        """() the largest eigenvalue's magnitude of an almost symmetric M, from below, by a few power iterations."""
+        # Multiples of the golden ratio: the same always, and orthogonal to nothing that layers learn.
+        row = torch.arange(1, self.dim + 1, dtype=torch.float64, device=values.device).mul(0.6180339887).frac() - 0.5
+        row = row.to(values.dtype).unsqueeze(0)
+        for _ in range(_POWER_ITERATIONS):
+            row = self.apply(values, row / torch.linalg.vector_norm(row).clamp_min(torch.finfo(row.dtype).tiny))
+        return torch.linalg.vector_norm(row)
 
     def to_dense(self, values: Tensor) -> Tensor:
         """(d, d) M; for tests and small matrices."""

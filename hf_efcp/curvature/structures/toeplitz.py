@@ -51,6 +51,10 @@ class TriangularToeplitz(Structure):
     def product(self, values: Tensor, other: Tensor) -> Tensor:
         return self._ifft(self._fft(values.double()) * self._fft(other.double())).to(values.dtype)
 
+    def mean_square(self, values: Tensor) -> Tensor:
+        lengths = torch.arange(self.dim, 0, -1, dtype=values.dtype, device=values.device)
+        return (values.square() * lengths).sum() / self.dim
+
     def _mean(self, sums: Tensor) -> Tensor:
         return sums / torch.arange(self.dim, 0, -1, dtype=sums.dtype, device=sums.device)
 

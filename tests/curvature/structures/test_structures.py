@@ -89,6 +89,31 @@ def test_projection_of_second_moments_and_grams(name, dim):
 
 
 @cases
+def test_means_and_damped_curvature(name, dim):
+    """`τ(MᵀM)`, `τ(MᵀUM)`, `Π(Mᵀ(0.3 U + 0.2 I)M)` and `rows @ MMᵀ`."""
+    structure, values = sample(name, dim)
+    matrix, rows = structure.to_dense(values), random(4, dim, seed=3)
+    u, moment = rows.T @ rows, structure.moment(values, rows)
+    torch.testing.assert_close(structure.mean_square(values), (matrix.T @ matrix).trace() / dim)
+    torch.testing.assert_close(structure.mean_curvature(values, moment), (matrix.T @ u @ matrix).trace() / dim)
+    damped = 0.3 * u + 0.2 * torch.eye(dim, dtype=torch.float64)
+    moved = structure.damped(values, moment, 0.3, 0.2)
+    torch.testing.assert_close(moved, projection(structure, matrix.T @ damped @ matrix))
+    torch.testing.assert_close(structure.times_metric(values, rows), rows @ matrix @ matrix.T)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_radius_is_the_largest_eigenvalues(name):
+    structure, values = sample(name, 13)
+    one = structure.identity(values.dtype, values.device)
+    near = structure.gram(one + 0.1 * values) + 5 * structure.project(torch.ones(1, 13, dtype=torch.float64))
+    largest = torch.linalg.eigvals(structure.to_dense(near)).abs().max()
+    assert structure.radius(near) > 0.9 * largest
+    if name.startswith(("dense", "diagonal", "block")):  # others are not symmetric: a bound from above, as safe
+        assert structure.radius(near) < 1.001 * largest
+
+
+@cases
 def test_identity_and_trace(name, dim):
     structure, values = sample(name, dim)
     eye = torch.eye(dim, dtype=torch.float64)
