@@ -95,7 +95,9 @@ class EfcpTrainer(Trainer):
             return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._sparse is not None:  # Trainer copies the files of the model that it knows
+        if (
+            self._sparse is not None and self.is_world_process_zero()
+        ):  # Trainer copies the files of the model that it knows
             self._sparse.save_masks(self.args.output_dir)
         before = self.push_in_progress.jobs[:] if getattr(self, "push_in_progress", None) else []
         super()._push_from_checkpoint(checkpoint_folder)
