@@ -168,7 +168,8 @@ def run(arm: str, sparsity: float, seed: int, epochs: int, data: tuple[list, lis
         "arm": arm, "sparsity": sparsity, "seed": seed, "epochs": trained, "of": epochs, "steps": steps,
         "passes": passes(arm, trained, steps), "accuracy": [e["eval_accuracy"] for e in log if "eval_accuracy" in e],
         "loss": [e["loss"] for e in log if "loss" in e], "density": trainer._sparse.sparsifier.density(),
-        "noise": probe.figures, "seconds": result.metrics["train_runtime"], "commit": commit(), "hardware": hardware(trainer.args.device),
+        "noise": probe.figures, "seconds": result.metrics["train_runtime"], "commit": commit(),
+        "hardware": hardware(trainer.args.device),
     }  # fmt: skip
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
 
 from hf_efcp.sparsity.allocation import allocate
 from hf_efcp.sparsity.maskable import Maskable
+
+logger = logging.getLogger(__name__)
 
 DISTRIBUTIONS = ("erk", "er", "uniform")
 
@@ -31,17 +34,19 @@ def nonzero_counts(
         density: share of all N weights that is kept, in (0, 1].
         distribution: one of `DISTRIBUTIONS`.
         densities: regular expressions of names, each with a density for those layers; the others share what is left.
-        first_dense: keep the first layer whole.
+        first_dense: keep the first layer whole, where that leaves the others half of the density or more.
 
     Raises:
-        ValueError: an unknown distribution, a density out of range, a pattern without a match, or fixed layers that
-            leave the others too much or too little.
+        ValueError: an unknown distribution, a density out of range, a pattern without a match, or `densities` that
+            leave the other layers too much or too little.
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"`distribution` must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}.")
     if not 0 < density <= 1:
         raise ValueError(f"`density` must be in (0, 1], got {density}.")
-    fixed = _fixed_counts(layers, densities or {}, first_dense)
+    fixed = _fixed_counts(layers, densities or {})
+    if first_dense and _has_room(layers, density):
+        fixed.setdefault(layers[0].name, layers[0].size)
     free = [layer for layer in layers if layer.name not in fixed]
     rest = round(density * sum(layer.size for layer in layers)) - sum(fixed.values())
     counts = dict(fixed)
@@ -50,7 +55,7 @@ def nonzero_counts(
         if not 0 <= rest <= sum(sizes):
             raise ValueError(
                 f"density {density:g} of the whole leaves {rest} weights for the {len(free)} layers without a density "
-                f"of their own, which have {sum(sizes)}; change it, `densities` or `first_dense`."
+                f"of their own, which have {sum(sizes)}; change it or `densities`."
             )
         weights = [size * _raw_density(layer, distribution) for size, layer in zip(sizes, free, strict=True)]
         shares = allocate(rest, weights, sizes, minimum=1 if rest >= len(free) else 0)
@@ -65,8 +70,16 @@ def _raw_density(layer: Maskable, distribution: str) -> float:
     return sum(shape) / math.prod(shape)
 
 
-def _fixed_counts(layers: Sequence[Maskable], densities: Mapping[str, float], first_dense: bool) -> dict[str, int]:
-    fixed = {layers[0].name: layers[0].size} if first_dense else {}
+def _has_room(layers: Sequence[Maskable], density: float) -> bool:
+    first, others = layers[0].size, sum(layer.size for layer in layers[1:])
+    if density * (first + others) - first >= 0.5 * density * others:
+        return True
+    logger.warning("%s is made sparse as the others: dense, it would take most of the weights.", layers[0].name)
+    return False
+
+
+def _fixed_counts(layers: Sequence[Maskable], densities: Mapping[str, float]) -> dict[str, int]:
+    fixed: dict[str, int] = {}
     for pattern, density in densities.items():
         if not 0 <= density <= 1:
             raise ValueError(f"`densities`: that of {pattern!r} must be in [0, 1], got {density}.")

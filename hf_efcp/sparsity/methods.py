@@ -56,6 +56,22 @@ class SparseMethod:
         last = min(math.floor(self.stop * total_steps), total_steps - 1)
         return last if self.stop_epochs is None else min(last, self.stop_epochs * steps_per_epoch)
 
+    def is_due(self, step: int, total_steps: int, steps_per_epoch: int) -> bool:
+        """Whether the topology changes at a step, counted from 1. Gradual pruning ends where it must."""
+        last = self.last_step(total_steps, steps_per_epoch)
+        interval = steps_per_epoch if self.interval == "epoch" else self.interval
+        is_inside = self.changes and self.begin <= step <= last
+        return is_inside and (step % interval == 0 or (self.gradual and step == last))
+
+    def fitted(self, total_steps: int, steps_per_epoch: int) -> SparseMethod:
+        """This method, or where it would never change a thing in so short a run, one that does ten times."""
+        last = self.last_step(total_steps, steps_per_epoch)
+        steps = range(1, last + 1)
+        if not self.changes or any(self.is_due(step, total_steps, steps_per_epoch) for step in steps):
+            return self
+        tenth = max(1, last // 10)
+        return replace(self, interval=tenth, begin=min(self.begin, tenth))
+
     def exchange_rate(self, step: int, last: int) -> float:
         """`ρ(t) = ρ_min + (ρ₀ − ρ_min)(1 + cos(πt/T))/2`."""
         t = min(1.0, step / max(1, last))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from hf_efcp.sparsity.maskable import Maskable, maskable_parameters
 from hf_efcp.sparsity.masks import grown, largest, pack, pruned, random_scores, unpack
 from hf_efcp.sparsity.methods import SparseMethod, sparse_method
 from hf_efcp.sparsity.redistribution import redistributed
+
+logger = logging.getLogger(__name__)
 
 # State of optimizers, torch's and this package's, that moves a weight as its gradient would.
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum", "residual")
@@ -67,8 +70,10 @@ class Sparsifier:
             raise ValueError(f"`initial` must be one of {', '.join(INITIAL)}, got {initial!r}.")
         self.method: SparseMethod = sparse_method(method, **settings)
         self.sparsity, self.seed = sparsity, seed
-        self.steps_per_epoch = steps_per_epoch or total_steps
-        self.last = self.method.last_step(total_steps, self.steps_per_epoch)
+        self._run = total_steps, steps_per_epoch or total_steps
+        if not settings.keys() & {"interval", "begin", "stop", "stop_epochs"}:
+            self.method = self._fitted()
+        self.last = self.method.last_step(*self._run)
         self.layers = maskable_parameters(model, include, exclude)
         self.size = sum(layer.size for layer in self.layers)
         self.step = 0  # steps of the optimizer that were taken
@@ -80,7 +85,11 @@ class Sparsifier:
             self.layers, density, self.method.distribution, densities=densities, first_dense=self.method.first_dense
         )
         self._adopt(self._first_masks(initial))
-        self._check_schedule(total_steps)
+        if self.method.gradual and self.method.begin >= self.last > 0:
+            raise ValueError(
+                f"`{method}` prunes from step {self.method.begin} (`begin`) to step {self.last} (`stop`) of "
+                f"{total_steps}, which leaves no step; make `begin` smaller, or train longer."
+            )
         if initial == "zeros" and abs(self.density() - density) > 0.005:
             raise ValueError(
                 f"`initial=zeros`: the model has sparsity {1 - self.density():.4f}, not {1 - density:.4f}; say so with "
@@ -91,12 +100,15 @@ class Sparsifier:
         self.masks = masks
         self.fired = {name: mask.clone() for name, mask in masks.items()}
 
-    def _check_schedule(self, total_steps: int) -> None:
-        if self.method.gradual and self.method.begin >= self.last:
-            raise ValueError(
-                f"`{self.method.name}` prunes from step {self.method.begin} (`begin`) to step {self.last} (`stop`) of "
-                f"{total_steps}, which leaves no step; make `begin` smaller, or train longer."
+    def _fitted(self) -> SparseMethod:
+        fitted = self.method.fitted(*self._run)
+        if fitted != self.method:
+            logger.warning(
+                "`%s` changes masks every %s steps from step %d on, never in these %d steps; here it is every %d "
+                "steps. Set `interval` to choose.",
+                *(fitted.name, self.method.interval, self.method.begin, self._run[0], fitted.interval),
             )
+        return fitted
 
     @torch.no_grad()
     def _first_masks(self, initial: str) -> dict[str, Tensor]:
@@ -116,16 +128,7 @@ class Sparsifier:
     @property
     def is_due(self) -> bool:
         """Whether the topology changes at the step that is being taken."""
-        return self.changes_at(self.step + 1)
-
-    @property
-    def interval(self) -> int:
-        """Steps between two changes of the topology."""
-        return self.steps_per_epoch if self.method.interval == "epoch" else self.method.interval
-
-    def changes_at(self, step: int) -> bool:
-        """Whether the topology changes at this step, counted from 1."""
-        return self.method.changes and self.method.begin <= step <= self.last and step % self.interval == 0
+        return self.method.is_due(self.step + 1, *self._run)
 
     @property
     def replaces_step(self) -> bool:

@@ -75,12 +75,6 @@ class SparseTraining:
                     f"{1 - wanted:.4f}. Give that sparsity, or new masks with `sparse_args` initial=magnitude."
                 )
             logger.info("Masks are those saved in %s.", source)
-        if made.method.changes and not any(made.changes_at(step) for step in range(1, max_steps + 1)):
-            logger.warning(
-                "The masks will not change in these %d steps: `%s` changes them every %s steps from step %d to %d. "
-                "`sparse_args` interval, begin and stop say otherwise.",
-                *(max_steps, made.method.name, made.interval, made.method.begin, made.last),
-            )
         return made
 
     def start(self) -> None:

@@ -67,6 +67,13 @@ def test_uniform_may_keep_the_first_layer():
     assert max(counts[x.name] / x.size for x in made[1:]) - min(counts[x.name] / x.size for x in made[1:]) < 0.01
 
 
+def test_a_first_layer_that_is_most_of_the_model_is_sparse(caplog):
+    made = layers((100, 100), (10, 10))
+    counts = nonzero_counts(made, 0.1, "uniform", first_dense=True)
+    assert counts == {"layer0": 1000, "layer1": 10}
+    assert "layer0 is made sparse" in caplog.text
+
+
 def test_layers_may_have_densities_of_their_own():
     made = layers(*SHAPES)
     counts = nonzero_counts(made, 0.1, "uniform", densities={"layer[03]": 0.5})
@@ -85,7 +92,6 @@ def test_layers_may_have_densities_of_their_own():
         ({"densities": {"layer2": 1.5}}, "must be in"),
         ({"densities": {"head": 0.5}}, "no masked layer matches 'head'"),
         ({"densities": {"layer[0-3]": 0.9}}, "leaves -?[0-9]+ weights"),
-        ({"density": 0.001, "first_dense": True}, "`first_dense`"),
     ],
 )
 def test_impossible_counts_are_refused(changes, message):
