@@ -159,15 +159,18 @@ class SlidingInverse:
         small = torch.stack((torch.stack((u[row, 0], corner)), torch.stack((corner, half @ u[:, 1]))))
         self.inverse.addmm_(u, torch.linalg.solve(small, u.T), alpha=-1)
 
-    def solve(self, gram: Tensor, rhs: Tensor) -> Tensor:
-        """`(mλI + gram)⁻¹ rhs`, (m,), with one step of iterative refinement."""
-        solution, error = self._refine(gram, rhs)
+    def solve(self, gram: Tensor, rhs: Tensor, row: Tensor | None = None) -> Tensor:
+        """`(mλI + gram)⁻¹ rhs`, (m,), with one step of iterative refinement.
+
+        `row`, () int64, is the place of the only entry of `rhs`, if it has but one: its first solution is a row of `P`.
+        """
+        solution, error = self._refine(gram, rhs, row)
         if not error <= self.tolerance * rhs.norm():  # also where the inverse is lost in NaN
             self.reset(gram)
-            solution, _ = self._refine(gram, rhs)
+            solution, _ = self._refine(gram, rhs, row)
         return solution
 
-    def _refine(self, gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
-        guess = self.inverse @ rhs
+    def _refine(self, gram: Tensor, rhs: Tensor, row: Tensor | None) -> tuple[Tensor, Tensor]:
+        guess = self.inverse @ rhs if row is None else self.inverse[row] * rhs[row]
         residual = rhs - gram @ guess - self.shift * guess
         return guess + self.inverse @ residual, residual.norm()

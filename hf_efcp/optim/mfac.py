@@ -125,7 +125,8 @@ class MFAC(WindowOptimizer):
         rhs = torch.zeros_like(gram[:, 0]).index_fill_(1, row, float(gram.shape[-1])) if dots is None else dots
         damping = self._damping(mean_eigenvalue(gram))
         if "inverse" in shared:
-            solution = SlidingInverse(shared["inverse"], self.defaults["damping"]).solve(gram[0], rhs[0])[None]
+            only = row if dots is None else None
+            solution = SlidingInverse(shared["inverse"], self.defaults["damping"]).solve(gram[0], rhs[0], only)[None]
         else:
             solution = woodbury_solve(gram, rhs, damping)
         if self.defaults["scaling"] != "none":

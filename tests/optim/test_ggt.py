@@ -1,5 +1,6 @@
 """GGT's trajectories against dense float64 references, with a wrapped ring of decayed rows."""
 
+import oracles
 import pytest
 import torch
 
@@ -52,7 +53,7 @@ def reference(flat: list[torch.Tensor], *, beta1: float, beta2: float, jitter: f
 def trajectory(steps: list[list[torch.Tensor]], **options) -> torch.Tensor:
     params = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in SHAPES]
     plain = {"window": WINDOW, "eps": EPS, "eps_mode": "absolute", "scaling": "none", "momentum": 0.0}
-    optimizer = GGT(params, LR, **plain, **options)
+    optimizer = GGT(params, LR, **{**plain, **options})
     for step in steps:
         for p, gradient in zip(params, step, strict=True):
             p.grad = gradient.to(p.dtype)
@@ -69,6 +70,28 @@ def test_forty_steps_follow_the_dense_reference(form, settings):
     error = (trajectory(steps, **WHOLE[form], **settings) - expected).norm() / expected.norm()
     # `x/ε + Gᵀc` for a dense x cancels to a thousandth at this ε; its float32 sum keeps four digits.
     assert error <= (2e-4 if form == "gradient" else 1e-5)
+
+
+@pytest.mark.parametrize("beta2", [1.0, 0.9])
+def test_forty_steps_of_sparse_rows_follow_the_reference(beta2):
+    """Top-k with error feedback and a wrapped ring; rows are decayed by their age."""
+    steps, eps = gradients(), 0.05
+    ring = oracles.Ring([g.numel() for g in steps[0]], WINDOW, oracles.block_topk(0.2, 16))
+    expected = torch.zeros(sum(ring.numels), dtype=torch.float64)
+    for number, step in enumerate(steps):
+        row, _ = ring.push(step)
+        ages = (number - torch.arange(WINDOW)) % WINDOW
+        expected -= LR * oracles.ggt(beta2 ** ages.double()[:, None] * ring.rows, row, eps)
+    options = {"density": 0.2, "block_size": 16, "precondition": "compressed", "beta2": beta2}
+    error = (trajectory(steps, **options, eps=eps) - expected).norm() / expected.norm()
+    assert error <= 1e-5
+
+
+def test_first_update_has_the_closed_form_of_one_row():
+    """`((ggᵀ)^½ + εI)⁻¹ g = g/(|g| + ε)`."""
+    steps = gradients()[:1]
+    g = torch.cat([part.double().view(-1) for part in steps[0]])
+    torch.testing.assert_close(trajectory(steps, compression="none"), -LR * g / (g.norm() + EPS), rtol=1e-6, atol=0)
 
 
 def test_nearly_parallel_rows_stay_finite_in_float32():
