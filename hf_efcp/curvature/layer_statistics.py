@@ -87,6 +87,8 @@ class _Hook:
     def _watch_eagerly(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled() and self.collector.is_due(self.layer)):
             return
+        if torch._C._are_functorch_transforms_active():  # gradients of single samples are no training step
+            return
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not (tensors and isinstance(output, Tensor) and output.requires_grad and self.layer.weight.requires_grad):
             return

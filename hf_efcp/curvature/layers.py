@@ -11,6 +11,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from hf_efcp.curvature.structures import Structure, make_structure
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass(eq=False)
 class Layer:
@@ -113,7 +115,7 @@ def _why_no_layer(weight: Tensor, modules: list[nn.Module]) -> str:
 def _is_layer(module: nn.Module) -> bool:
     # nn.MultiheadAttention reads the weight of its `NonDynamicallyQuantizableLinear` and never calls it.
     is_linear = isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
-    return is_linear or isinstance(module, (nn.Conv1d, nn.Conv2d)) or _is_conv1d_of_transformers(module)
+    return is_linear or isinstance(module, _CONVOLUTIONS) or _is_conv1d_of_transformers(module)
 
 
 def _is_conv1d_of_transformers(module: nn.Module) -> bool:
@@ -128,23 +130,35 @@ def _dims(module: nn.Module) -> tuple[int, int]:
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """(b, t, groups, d) rows that the weight is multiplied by: t tokens or output positions."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+    if not isinstance(module, _CONVOLUTIONS):
         return _batched(x).unsqueeze(2)
     spatial = module.weight.ndim - 2
     x = x if x.ndim == spatial + 2 else x[None]
     # The module's own padding, circular or reflected too, comes first; `unfold` alone would pad with zeros.
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = functional.pad(x, module._reversed_padding_repeated_twice, mode)
-    kernel, stride, dilation = (
-        (1,) * (2 - spatial) + of for of in (module.kernel_size, module.stride, module.dilation)
-    )
-    patches = functional.unfold(x if spatial == 2 else x.unsqueeze(2), kernel, dilation=dilation, stride=stride)
+    if spatial == 3:
+        patches = _volumes(x, module)
+    else:
+        kernel, stride, dilation = (
+            (1,) * (2 - spatial) + of for of in (module.kernel_size, module.stride, module.dilation)
+        )
+        patches = functional.unfold(x if spatial == 2 else x.unsqueeze(2), kernel, dilation=dilation, stride=stride)
     return patches.unflatten(1, (module.groups, -1)).permute(0, 3, 1, 2)
+
+
+def _volumes(x: Tensor, module: nn.Conv3d) -> Tensor:
+    """(b, channels·k₁k₂k₃, positions), as `functional.unfold` gives in two dimensions."""
+    for axis, (size, stride, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    ):
+        x = x.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]  # a new last axis
+    return x.permute(0, 1, 5, 6, 7, 2, 3, 4).flatten(1, 4).flatten(2)
 
 
 def gradient_rows(module: nn.Module, gradient: Tensor) -> Tensor:
     """(b, t, d_o) rows of the gradient of the module's output."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+    if not isinstance(module, _CONVOLUTIONS):
         return _batched(gradient)
     gradient = gradient if gradient.ndim == module.weight.ndim else gradient[None]
     return gradient.flatten(2).transpose(1, 2)

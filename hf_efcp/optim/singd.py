@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class SINGD(SingdLayers):
     """Steps along `CCᵀ G KKᵀ`, where `(KKᵀ) ⊗ (CCᵀ)` learns the inverse curvature (arXiv 2312.05705).
 
-    Each `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and transformers' `Conv1D` has a factor K over its inputs (bias
+    Each `nn.Linear`, `nn.Conv1d` to `nn.Conv3d` and transformers' `Conv1D` has a factor K over its inputs (bias
     included) and C over its outputs; all other parameters, and those of a layer that is never called, are AdamW's, in
     this same optimizer: `explain_parameters()` says which and why. The keywords are those of the singd package. What
     differs: weight decay is decoupled, factors are float32 in a bfloat16 model, statistics are sums over all backward

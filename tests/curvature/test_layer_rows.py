@@ -23,6 +23,11 @@ CASES = {
     "conv2d, circular": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (2, 3, 5, 6)),
     "conv2d, reflected": (lambda: nn.Conv2d(3, 4, 3, padding=2, padding_mode="reflect"), (2, 3, 5, 6)),
     "conv2d, grouped": (lambda: nn.Conv2d(6, 4, 3, padding=1, groups=2), (2, 6, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), padding=(0, 1, 2), stride=(2, 1, 2)), (2, 2, 3, 4, 5)),
+    "conv3d, grouped, dilated, circular": (
+        lambda: nn.Conv3d(4, 6, 2, padding=1, dilation=(1, 2, 1), groups=2, padding_mode="circular"),
+        (2, 4, 3, 4, 3),
+    ),
     "conv2d, depthwise, circular": (
         lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6, padding_mode="circular"),
         (2, 6, 5, 5),

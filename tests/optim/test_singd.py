@@ -133,6 +133,47 @@ def test_ikfacs_input_side_solves_least_squares():
     torch.testing.assert_close(gradient @ kk, exact, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_ikfac_is_gauss_newton_on_deep_linear_networks(layer):
+    """There the Gauss-Newton matrix of a layer is `E[aaᵀ] ⊗ BᵀB`, B the layers above (arXiv 1503.05671).
+
+    With each input's residuals the unit vectors in turn, the gradients' second moment is that matrix over d_out.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3))).double()
+    weight, x = model[layer].weight, torch.randn(8, 3, dtype=torch.float64)
+    optimizer = SINGD(model, lr=0.0, T=1, kfac_like=True, damping=1e-12, lr_cov=0.5, limit_lr_cov=True)
+    for _ in range(800):
+        optimizer.zero_grad()
+        out = model(x.repeat_interleave(3, 0))
+        targets = out.detach() - torch.eye(3, dtype=torch.float64).repeat(8, 1)
+        (0.5 * (out - targets).square().sum(-1).mean()).backward()
+        optimizer.step()
+    jacobian = torch.func.jacrev(lambda w: torch.func.functional_call(model, {f"{layer}.weight": w}, (x,)))(weight)
+    rows = jacobian.detach().reshape(-1, 9)
+    gauss_newton = rows.T @ rows / (8 * 3)
+    pair = FactorPair(optimizer._layers()[layer], optimizer.state[weight], optimizer.defaults)
+    gradient = torch.randn(3, 3, dtype=torch.float64)
+    exact = torch.linalg.solve(gauss_newton, gradient.flatten()).view(3, 3)
+    torch.testing.assert_close(pair.precondition(gradient), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_other_parameters_follow_the_schedule_at_a_rate_of_their_own():
+    """`fallback_lr` holds while `lr` is at its first value, in torch's AdamW's step; halved, both are."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4)).double()
+    twin = copy.deepcopy(model)
+    optimizer = SINGD(model, lr=0.1, fallback_lr=0.003)
+    reference = torch.optim.AdamW(twin.parameters(), lr=0.003, weight_decay=0.0)
+    for step, share in enumerate((1.0, 0.5, 0.25)):
+        optimizer.param_groups[0]["lr"], reference.param_groups[0]["lr"] = 0.1 * share, 0.003 * share
+        model[0].load_state_dict(twin[0].state_dict())
+        for net, own in ((model, optimizer), (twin, reference)):
+            own.zero_grad()
+            net(batch(step)[0]).pow(3).sum().backward()
+            own.step()
+        torch.testing.assert_close(parameters(model[1]), parameters(twin[1]), rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("structures", ["block7diagonal", "block30diagonal", "hierarchical7_15"])
 def test_structures_no_smaller_than_the_layer_are_dense(structures):
     model = Deep()

@@ -219,6 +219,14 @@ def test_statistics_are_taken_on_due_steps_in_training_with_gradients_alone(monk
     assert counts == [2, 0, 0, 2, 0, 0, 2]
 
 
+def test_gradients_by_torch_func_are_left_alone():
+    model = Deep()
+    optimizer = SINGD(model, **PLAIN)
+    loss = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, (batch(0)[0],)).sum())
+    loss(dict(model.named_parameters()))
+    assert all(optimizer._statistics(layer) is None for layer in optimizer._layers())
+
+
 def test_hooks_come_off_and_are_not_copied():
     model = Deep()
     optimizer = SINGD(model, **PLAIN)

@@ -74,6 +74,34 @@ def test_scaled_loss_gives_the_unscaled_run(tiny_bert, texts, arguments):
         torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-3, atol=1e-5)
 
 
+class Overflowing(torch.amp.GradScaler):
+    """A scaler of the CPU that finds an overflow at given steps."""
+
+    def __init__(self, at):
+        super().__init__("cpu", init_scale=2.0**8)
+        self.at, self.count = at, 0
+
+    def unscale_(self, optimizer):
+        if self.count in self.at:
+            optimizer.param_groups[0]["params"][0].grad.fill_(float("inf"))
+        self.count += 1
+        super().unscale_(optimizer)
+
+
+def test_skipped_update_is_made_up_for_under_trainer(tiny_bert, texts, arguments):
+    """Overflow at the first two steps, and at the fifth: of 6 steps that count 3 update the factors at T = 2."""
+    trainer = Trainer(
+        tiny_bert(), arguments(**{**ARGS, "optim_args": "T=2,warm_steps=0", "max_steps": 9}), train_dataset=texts
+    )
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = Overflowing(at={0, 1, 4})
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert int(optimizer._shared()["steps"]) == 6
+    assert {int(optimizer.state[layer.weight]["refreshes"]) for layer in optimizer._layers()} == {3}
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
 def test_copy_of_the_model_trains_alone(tiny_bert, texts, arguments):
     model = tiny_bert()
     trainer = Trainer(model, arguments(**ARGS), train_dataset=texts)
