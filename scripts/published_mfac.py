@@ -15,7 +15,7 @@ class PublishedMFAC:
     """`u = λ⁻¹x − Gᵀw`, x the newest row, over a flat copy of all gradients.
 
     Args:
-        params: parameters on the CPU.
+        params: parameters on one device.
         lr, window, damping, density: as in `hf_efcp.optim.MFAC` with `selection="global"`.
     """
 
@@ -23,16 +23,18 @@ class PublishedMFAC:
         self.params, self.lr, self.window, self.inverse_damping = params, lr, window, 1 / damping
         self.size = sum(p.numel() for p in params)
         self.k = int(density * self.size)
-        self.residual = torch.zeros(self.size)
-        self.indices = torch.zeros(window, self.k, dtype=torch.int64)
-        self.values = torch.zeros(window, self.k)
-        self.gram = torch.zeros(window, window)
+        new = {"device": params[0].device}
+        self.residual = torch.zeros(self.size, **new)
+        self.indices = torch.zeros(window, self.k, dtype=torch.int64, **new)
+        self.values = torch.zeros(window, self.k, **new)
+        self.gram = torch.zeros(window, window, **new)
         self.steps = 0
 
     def fill(self, generator: torch.Generator) -> None:
-        """A full window of random rows, without the steps that would fill it."""
+        """A full window of random rows, without the steps that would fill it; the generator is of the same device."""
         for row in range(self.window):
-            self.indices[row] = torch.randint(self.size, (self.k,), generator=generator).sort().values
+            drawn = torch.randint(self.size, (self.k,), generator=generator, device=self.indices.device)
+            self.indices[row] = drawn.sort().values
         self.values.normal_(generator=generator)
         self.gram = self.values @ self.values.T
         self.steps = self.window
@@ -60,11 +62,11 @@ class PublishedMFAC:
 
     def _weights(self, dots: Tensor) -> Tensor:
         m, scale = self.window, self.inverse_damping
-        factor = torch.linalg.cholesky(torch.eye(m) * m + scale * self.gram)
+        factor = torch.linalg.cholesky(torch.eye(m, device=dots.device) * m + scale * self.gram)
         diagonal = factor.diagonal()
         upper = diagonal[:, None] * factor.T  # the U of an unpivoted LU
         ratios = upper / diagonal.square()[:, None]
-        coefficients = torch.eye(m) * scale
+        coefficients = torch.eye(m, device=dots.device) * scale
         for i in range(1, m):
             coefficients[i, :i] = -(ratios[:i, i] @ coefficients[:i, :i])
         return ((coefficients @ dots) / diagonal.square()) @ coefficients
