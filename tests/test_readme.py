@@ -24,7 +24,7 @@ TEXT = README.read_text(encoding="utf-8")
 NOT_RUN_TAG = r"(?:<!-- not run: (?P<reason>.*?) -->\n)?"
 BLOCK = re.compile(NOT_RUN_TAG + r"^```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = [match.groupdict() for match in BLOCK.finditer(TEXT)]
-NOT_RUN = 3  # set-up commands, example scripts of transformers, our scripts on data of the Hub
+NOT_RUN = 4  # set-up commands, example scripts of transformers, our scripts on data of the Hub, a GPU
 
 TRAIN = """
 import torch
