@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from hf_efcp.optim.base import EfcpOptimizer
 from hf_efcp.optim.budget import PICKED
 from hf_efcp.optim.registry import OptimizerSpec, create_optimizer, get_spec
+from hf_efcp.parallel import planned
 
 _NOT_COUNTED = "Not counted: activations, and what a step needs while it runs."
 
@@ -28,7 +29,7 @@ class Footprint:
         n_trained: those with a gradient.
         weights: parameters and buffers.
         gradients: one for each trained parameter, in its dtype.
-        state: what the optimizer keeps.
+        state: what the optimizer keeps on this process.
         adamw: the two moments of `adamw_torch`, in the parameters' dtypes.
         settings: options of the optimizer that differ from its name's defaults, and all that `memory_budget` picked.
     """
@@ -42,7 +43,9 @@ class Footprint:
     settings: Mapping[str, Any]
 
 
-def footprint(model: nn.Module, name: str, options: Mapping[str, Any], *, device: str = "cpu") -> Footprint:
+def footprint(
+    model: nn.Module, name: str, options: Mapping[str, Any], *, device: str = "cpu", world_size: int = 1
+) -> Footprint:
     """Count what `model` and the optimizer `name` take.
 
     Args:
@@ -50,6 +53,7 @@ def footprint(model: nn.Module, name: str, options: Mapping[str, Any], *, device
         name: a registered optimizer.
         options: as on a command line or in code.
         device: `"cpu"` or `"cuda"`, where training will run: some state is worth keeping on one of them alone.
+        world_size: processes of DDP; counted is the first of them.
 
     Raises:
         ValueError, TypeError: a name or option that does not exist or fit; nothing to train; an optimizer that cannot
@@ -63,15 +67,17 @@ def footprint(model: nn.Module, name: str, options: Mapping[str, Any], *, device
     elsewhere = spec.resolve(options).get("state_device")
     # A real device would get real tensors; the learning rate, which published commands give, changes no bytes.
     options = {option: value for option, value in options.items() if option not in ("state_device", "lr")}
-    optimizer = create_optimizer(name, model, lr=1e-3, **options)
-    settings = _settings(spec, optimizer) | ({"state_device": elsewhere} if elsewhere else {})
     home = elsewhere or device
+    with planned(world_size):
+        optimizer = create_optimizer(name, model, lr=1e-3, **options)
+        state = _state_bytes(optimizer, name, on_cpu=home == "cpu")
+    settings = _settings(spec, optimizer) | ({"state_device": elsewhere} if elsewhere else {})
     return Footprint(
         n_parameters=sum(p.numel() for p in parameters),
         n_trained=sum(p.numel() for p in trained),
         weights=sum(_bytes(t) for t in [*parameters, *model.buffers()]),
         gradients=sum(map(_bytes, trained)),
-        state=_state_bytes(optimizer, name, on_cpu=home == "cpu"),
+        state=state,
         adamw=2 * sum(map(_bytes, trained)),
         settings=settings,
     )
@@ -182,7 +188,7 @@ def memory_text(
     spec = get_spec(name)
     spec.resolve(options)  # a wrong option is told before any model is looked for
     model, origin = meta_model(source, model_class=model_class, dtype=dtype)
-    count = footprint(model, name, options, device=device)
+    count = footprint(model, name, options, device=device, world_size=world_size)
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
     head = f"{type(model).__name__}, {count.n_parameters:,} parameters, {dtypes} ({origin})"
     frozen = count.n_parameters - count.n_trained
@@ -192,8 +198,8 @@ def memory_text(
         notes.append(f"{frozen:,} parameters are frozen; bytes are per parameter that is trained.")
     if world_size > 1:
         notes.append(
-            f"Each of the {world_size} processes holds all of this: neither the optimizer's state nor its window is "
-            f"sharded yet. Together they hold {world_size * count.state:,} bytes of {name}."
+            f"Bytes are those of the first of {world_size} processes of DDP. Each has all weights and gradients and a "
+            f"part of the state of {name} (shard_state). FSDP2 divides weights and gradients too."
         )
     lines = [line for note in (*notes, _NOT_COUNTED) for line in textwrap.wrap(note, 100, break_long_words=False)]
     return "\n".join([head, "", *_table(name, count), "", *lines])

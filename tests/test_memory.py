@@ -107,7 +107,7 @@ def test_seven_billion_parameters_are_counted_without_allocating():
     text = memory_text("llama", "efcp_mfac", {"state_device": "cpu"}, dtype="bfloat16", world_size=8)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
     assert "6,607,343,616 parameters, bfloat16 (default config of the model type llama)" in text
-    assert "Each of the 8 processes holds all of this" in text
+    assert "the first of 8 processes of DDP" in text
     assert "state_device=cpu" in text
 
 

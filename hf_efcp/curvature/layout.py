@@ -21,6 +21,8 @@ class Layout:
         shapes: shape of each parameter, in order.
         block_size: entries per block, 1 for no padding.
         group: every parameter has a multiple of this number of blocks.
+        in_units: whether views are cut into units of `group` blocks, padding included, and not into the parameters'
+            shapes: so that they can be parts of one tensor over several devices.
 
     Attributes:
         numels: entries of each parameter.
@@ -30,9 +32,9 @@ class Layout:
         numel: entries in total, without padding.
     """
 
-    def __init__(self, shapes: Sequence[torch.Size], block_size: int, group: int = 1):
+    def __init__(self, shapes: Sequence[torch.Size], block_size: int, group: int = 1, in_units: bool = False):
         self.shapes = tuple(shapes)
-        self.block_size = block_size
+        self.block_size, self.group, self.in_units = block_size, group, in_units
         self.numels = tuple(math.prod(shape) for shape in self.shapes)
         self.blocks: list[range] = []
         start = 0
@@ -55,6 +57,21 @@ class Layout:
         """Views of a (size,) vector, one per parameter, in the parameter's shape and without padding."""
         pieces = flat.split(self._pieces)[::2]
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Views of a (size,) vector, one per parameter: what stands in an optimizer's state."""
+        if not self.in_units or self.block_size == 1:
+            return self.split(flat)
+        blocks = flat.view(self.n_blocks, self.block_size)
+        return [self.of_blocks(blocks, number) for number in range(len(self.shapes))]
+
+    def of_blocks(self, buffer: Tensor, number: int) -> Tensor:
+        """The blocks of a parameter in a (n_blocks, …) buffer."""
+        blocks = self.blocks[number]
+        part = buffer[blocks.start : blocks.stop]
+        if self.in_units and self.group > 1:
+            return part.view(len(blocks) // self.group, self.group, *part.shape[1:])
+        return part
 
     def zeros(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A (size,) vector of zeros."""

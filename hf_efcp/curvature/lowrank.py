@@ -38,6 +38,7 @@ class LowRankWindow:
     ):
         self.layout = layout
         self.per_parameter = per_parameter
+        self._window, self._device = window, device
         self._rings: list[_FactoredRing | _ExactRing] = []
         for shape in layout.shapes:
             if _wants_factors(shape, rank):
@@ -61,6 +62,9 @@ class LowRankWindow:
     def views(self) -> list[dict[str, Tensor]]:
         return [ring.tensors() for ring in self._rings]
 
+    def steps(self, name: str) -> tuple[int, int] | None:
+        return None  # a parameter has one owner, and its views are never parts
+
     def shared_buffers(self) -> dict[str, Tensor]:
         return {}
 
@@ -71,6 +75,8 @@ class LowRankWindow:
         return [flat[r.start : r.stop] for r in self.layout.ranges]
 
     def _systems(self, parts: list[Tensor]) -> Tensor:
+        if not parts:  # a rank may own no parameter
+            return torch.zeros(0 if self.per_parameter else 1, self._window, dtype=torch.float64, device=self._device)
         stacked = torch.stack(parts)
         return stacked if self.per_parameter else stacked.sum(0, keepdim=True)
 

@@ -51,6 +51,12 @@ class Window(Protocol):
     def residuals(self) -> list[Tensor]:
         """What earlier pushes left out, as floating point numbers, for reports."""
 
+    def steps(self, name: str) -> tuple[int, int] | None:
+        """The axis of a view along which it follows its parameter's entries, and how many entries are a step of it.
+
+        `None`: the view has a number for each entry.
+        """
+
 
 def _spans(starts: Sequence[range], per_parameter: bool) -> list[slice]:
     """The part of a buffer that each system covers, from the part of each parameter."""
@@ -60,7 +66,10 @@ def _spans(starts: Sequence[range], per_parameter: bool) -> list[slice]:
 
 
 class DenseWindow:
-    """Whole gradients: `values` (m, size). The published M-FAC; m·4 bytes per parameter in float32."""
+    """Whole gradients: `values` (m, size), in the state of sharded parameters (size, m).
+
+    The published M-FAC; m·4 bytes per parameter in float32.
+    """
 
     def __init__(
         self,
@@ -72,7 +81,10 @@ class DenseWindow:
         per_parameter: bool = False,
     ):
         self.layout = layout
-        self.values = torch.zeros(window, layout.size, dtype=value_dtype, device=device)
+        # Distributed checkpoints take contiguous parts alone, so there a parameter's entries are the first axis.
+        shape = (layout.size, window) if layout.in_units else (window, layout.size)
+        buffer = torch.zeros(shape, dtype=value_dtype, device=device)
+        self.values = buffer.T if layout.in_units else buffer
         self._spans = _spans(layout.ranges, per_parameter)
         self._piece = max(1, (1 << 19) // window)  # columns that stay in cache while they are cast
 
@@ -96,7 +108,11 @@ class DenseWindow:
                 piece.add_(values.T.to(weights.dtype) @ weights)
 
     def views(self) -> list[dict[str, Tensor]]:
-        return [{"values": self.values[:, r.start : r.stop]} for r in self.layout.ranges]
+        parts = [self.values[:, r.start : r.stop] for r in self.layout.ranges]
+        return [{"values": part.T if self.layout.in_units else part} for part in parts]
+
+    def steps(self, name: str) -> tuple[int, int] | None:
+        return (0, 1) if self.layout.in_units else (1, 1)
 
     def shared_buffers(self) -> dict[str, Tensor]:
         return {}
@@ -161,7 +177,11 @@ class BlockTopKWindow:
         )
         scratch = self._blocks(scratch)
         dots = [ops.row_dots(indices, values, row, scratch[s], scales) for s, indices, values, scales in self._parts()]
-        return torch.stack(dots)
+        return self._stacked(dots)
+
+    def _stacked(self, parts: list[Tensor]) -> Tensor:
+        none = self.values.new_zeros(0, self.values.shape[1], dtype=torch.float64)  # a rank may own no block
+        return torch.stack(parts) if parts else none
 
     def _parts(self) -> list[tuple[slice, Tensor, Tensor, Tensor | None]]:
         """Blocks, indices, values and scales of each system."""
@@ -176,7 +196,7 @@ class BlockTopKWindow:
     def dots(self, x: Tensor) -> Tensor:
         x = self._blocks(x)
         parts = self._parts()
-        return torch.stack([ops.window_dots(indices, values, x[s], scales) for s, indices, values, scales in parts])
+        return self._stacked([ops.window_dots(indices, values, x[s], scales) for s, indices, values, scales in parts])
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
         sums = out.to(coefficients.dtype)
@@ -192,18 +212,24 @@ class BlockTopKWindow:
         return self.layout.split(flat)
 
     def views(self) -> list[dict[str, Tensor]]:
+        by_block = {"indices": self.indices, "values": self.values}
+        if self.grid is not None:
+            by_block.update(residual=self.residual, residual_grid=self.grid)
+        residuals = self.layout.views(self.residual) if self.grid is None else []
         views = []
         for number, blocks in enumerate(self.layout.blocks):
-            span = slice(blocks.start, blocks.stop)
-            state = {"indices": self.indices[span], "values": self.values[span]}
+            state = {name: self.layout.of_blocks(buffer, number) for name, buffer in by_block.items()}
             if self.scales is not None:
-                state["scales"] = self.scales[span.start // self.group : span.stop // self.group]
+                state["scales"] = self.scales[blocks.start // self.group : blocks.stop // self.group]
             if self.grid is None:
-                state["residual"] = self.residuals()[number]
-            else:
-                state.update(residual=self.residual[span], residual_grid=self.grid[span])
+                state["residual"] = residuals[number]
             views.append(state)
         return views
+
+    def steps(self, name: str) -> tuple[int, int] | None:
+        if name == "residual" and self.grid is None:
+            return None
+        return 0, self.layout.block_size * (self.group if name == "scales" else 1)
 
     def shared_buffers(self) -> dict[str, Tensor]:
         return {}
@@ -265,6 +291,9 @@ class GlobalTopKWindow:
 
     def views(self) -> list[dict[str, Tensor]]:
         return [{"residual": residual} for residual in self.layout.split(self.residual)]
+
+    def steps(self, name: str) -> tuple[int, int] | None:
+        return None
 
     def shared_buffers(self) -> dict[str, Tensor]:
         return {"indices": self.indices, "values": self.values}

@@ -7,36 +7,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_efcp.optim.rounding import step_rounded_
 from hf_efcp.optim.segment import Segments
 
 
-def apply_(groups: list[dict[str, Any]], updates: list[Tensor], segments: Segments, accept: Tensor) -> None:
+def apply_(
+    groups: list[dict[str, Any]], updates: list[Tensor], segments: Segments, accept: Tensor, step: Tensor
+) -> None:
     """`p ← p(1 − lr·weight_decay) − lr·update` with each group's own rates; nothing where the step is not accepted.
 
-    A parameter without a gradient stays as it is: it may be frozen, and decay or momentum must not move it.
+    A parameter without a gradient stays as it is: it may be frozen, and decay or momentum must not move it. Each rank
+    updates what it owns, and all have the new weights afterwards.
 
     Args:
         groups: an optimizer's `param_groups`.
         updates: flat vectors, one a segment, zero where the step is not accepted.
         accept: () bool.
+        step: () int64, what the rounding of 16-bit weights is drawn by.
     """
-    update_of: dict[Tensor, Tensor] = {}
-    for segment, update in zip(segments, updates, strict=True):
-        update_of.update(zip(segment.params, segment.layout.split(update), strict=True))
+    targets = [s.owned.targets(s.layout.split(update)) for s, update in zip(segments, updates, strict=True)]
+    target_of = {p: (weights, update) for part in targets for p, weights, update in part}
     for group in groups:
-        params = [p for p in group["params"] if p.grad is not None]
+        params = [p for p in group["params"] if p.grad is not None and p in target_of]
         if not params:
             continue
-        lr, decay = group["lr"], group["weight_decay"]
-        if lr and decay:
-            factor = 1 - lr * decay * accept.double()
-            for device, there in _by_device(params).items():
-                torch._foreach_mul_(there, factor.to(device))
-        torch._foreach_add_(params, [update_of[p].to(p.device) for p in params], alpha=-lr)
+        weights, steps = zip(*(target_of[p] for p in params), strict=True)
+        _move_(list(weights), list(steps), group, accept, step)
+    for segment, part in zip(segments, targets, strict=True):
+        segment.owned.share([weights for _, weights, _ in part])
 
 
-def _by_device(params: list[Tensor]) -> dict[torch.device, list[Tensor]]:
+def _move_(weights: list[Tensor], updates: list[Tensor], group: dict[str, Any], accept: Tensor, step: Tensor) -> None:
+    lr, decay = group["lr"], group["weight_decay"]
+    factor = 1 - lr * decay * accept.double() if lr and decay else None
+    plain: list[tuple[Tensor, Tensor]] = []
+    for weight, update in zip(weights, updates, strict=True):
+        if lr and group["weight_rounding"] == "stochastic" and weight.dtype in (torch.bfloat16, torch.float16):
+            by = 1.0 if factor is None else factor.to(weight.device)
+            step_rounded_(weight, update, factor=by, lr=lr, step=step)
+        else:
+            plain.append((weight, update))
+    if factor is not None:
+        for device, there in _by_device([weight for weight, _ in plain]).items():
+            torch._foreach_mul_(there, factor.to(device))
+    if plain:
+        torch._foreach_add_([weight for weight, _ in plain], [update for _, update in plain], alpha=-lr)
+
+
+def _by_device(weights: list[Tensor]) -> dict[torch.device, list[Tensor]]:
     found: dict[torch.device, list[Tensor]] = {}
-    for parameter in params:
-        found.setdefault(parameter.device, []).append(parameter)
+    for weight in weights:
+        found.setdefault(weight.device, []).append(weight)
     return found

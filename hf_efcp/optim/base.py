@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_efcp.optim.options import Option
+from hf_efcp.parallel import local_part
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ class EfcpOptimizer(Optimizer):
 
     options: tuple[Option, ...] = ()
     cpu_state: tuple[str, ...] = ()  # state that only an optimizer on the CPU keeps; on meta it is there too
+    _whole: dict[Tensor, dict[str, Tensor]] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may have its own `lr` and `weight_decay`, the other options are the optimizer's."""
@@ -63,10 +66,45 @@ class EfcpOptimizer(Optimizer):
         return parameter.device
 
     def _adopt_state(self) -> None:
-        """Make the tensors in `self.state` this optimizer's own; called after loading, when they may be another's."""
-        for state in self.state.values():
-            for name, value in state.items():
-                state[name] = value.clone() if isinstance(value, Tensor) else value
+        """Make the tensors in `self.state` this optimizer's own; called after loading, when they may be another's.
+
+        They may lie on any device, and be the whole of what several ranks share.
+        """
+        raise NotImplementedError
+
+    @property
+    def _is_divided(self) -> bool:
+        """Whether `self.state` holds only a part, and the other ranks the rest."""
+        return False
+
+    def _join_state(self, keeps: bool) -> dict[Tensor, dict[str, Tensor]] | None:
+        """The state of all ranks, which all call it, on the CPU of those that keep it."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all ranks, whatever their number, as a single process would save it.
+
+        Where ranks hold parts of it (`shard_state`), all of them must call it, or enter `whole_state` before.
+        """
+        state_dict = super().state_dict()
+        if self._is_divided:
+            whole = self._whole or self._join_state(keeps=True)
+            numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+            state_dict["state"] = {n: whole[p] for n, p in zip(numbers, self._parameters(), strict=True)}
+        return state_dict
+
+    @contextlib.contextmanager
+    def whole_state(self, keeps: bool = True) -> Iterator[None]:
+        """Within it `state_dict()` needs no other rank: for a trainer whose rank 0 alone saves. All ranks enter.
+
+        Args:
+            keeps: whether this rank will ask for it; the others need no memory for it.
+        """
+        self._whole = self._join_state(keeps) if self._is_divided else None
+        try:
+            yield
+        finally:
+            self._whole = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that `state_dict()` made, every tensor in its saved dtype, on its parameter's device.
@@ -107,7 +145,7 @@ class EfcpOptimizer(Optimizer):
             if saved in state_dict["state"]:
                 state = state_dict["state"][saved]
                 self.state[parameter] = {
-                    name: _on_device(value, self._state_device(parameter)) for name, value in state.items()
+                    name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()
                 }
         self.defaults.update({n: self.param_groups[0][n] for n in self.defaults.keys() - {"lr", "weight_decay"}})
         if self.state:  # accelerate loads the empty state of a new optimizer
@@ -164,17 +202,17 @@ class EfcpOptimizer(Optimizer):
         raise NotImplementedError(f"{type(self).__name__} makes its state at the first step only.")
 
     def state_bytes(self) -> int:
-        """Bytes of all tensors that live between steps, each storage counted once."""
+        """Bytes of all tensors that live between steps on this rank, each storage counted once."""
         storages = {}
         for value in _tensors(self.state.values()):
-            storage = value.untyped_storage()
+            storage = local_part(value).untyped_storage()
             storages[storage._cdata] = storage.nbytes()  # the address of its data is 0 on the meta device
         return sum(storages.values())
 
     @property
     def skipped_steps(self) -> int:
         """Steps left out because a gradient or an update was not finite. Waits for the device."""
-        return int(sum(int(state["skipped"]) for state in self.state.values() if "skipped" in state))
+        return sum(int(state["skipped"]) for state in self.state.values() if "skipped" in state)
 
     def metrics(self) -> dict[str, float]:
         """Figures worth logging, by name. Waits for the device."""
@@ -197,10 +235,6 @@ def flat_parameters(params: Iterable[Any]) -> list[Tensor]:
         else:
             found.append(item[1] if isinstance(item, tuple) else item)
     return found
-
-
-def _on_device(value: Any, device: torch.device) -> Any:
-    return value.detach().to(device) if isinstance(value, Tensor) else value
 
 
 def _tensors(states: Iterable[dict[str, Any]]) -> Iterable[Tensor]:

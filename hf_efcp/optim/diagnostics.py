@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_efcp.optim.segment import Segments
+from hf_efcp.parallel import Group
 
 _TOP = 4  # eigenvalues that are reported
 
@@ -21,25 +22,30 @@ class Recorded:
     Args:
         gradients: flat vectors, one a segment; copied, as a step overwrites them.
         device: where the figures come together.
+        group: the ranks over which they are summed; all of them record.
     """
 
-    def __init__(self, gradients: list[Tensor], device: torch.device):
-        self._device = device
+    def __init__(self, gradients: list[Tensor], device: torch.device, group: Group):
+        self._device, self._group = device, group
         self._gradients = [gradient.clone() for gradient in gradients]
-        self.figures = {"gradient_norm": norm(gradients, device)}
+        self.figures = {"gradient_norm": norm(gradients, device, group)}
 
     def precondition(self, updates: list[Tensor]) -> None:
         """Take the preconditioned gradient, before momentum and scaling."""
         pairs = zip(updates, self._gradients, strict=True)
         inner = torch.stack([torch.dot(u.double(), g.double()).to(self._device) for u, g in pairs]).sum()
-        length, gradient = norm(updates, self._device), self.figures["gradient_norm"]
+        inner = self._group.sum_(inner)
+        length, gradient = norm(updates, self._device, self._group), self.figures["gradient_norm"]
         self.figures["preconditioning_scale"] = length / gradient
         self.figures["preconditioning_cosine"] = inner / (length * gradient)
         self._gradients = []
 
-    def update(self, updates: list[Tensor]) -> None:
-        """Take the update as it is applied, before the learning rate."""
-        self.figures["update_norm"] = norm(updates, self._device)
+    def update(self, updates: list[Tensor], segments: Segments) -> None:
+        """Take the update as it is applied, before the learning rate, and the residual."""
+        self.figures["update_norm"] = norm(updates, self._device, self._group)
+        if self._group.size > 1:  # later a rank may be alone in asking
+            residuals = [part for segment in segments for part in segment.window.residuals()]
+            self.figures["residual_norm"] = norm(residuals, self._device, self._group)
 
 
 Condition = Callable[[Tensor], Tensor]  # of systems, from their (…, m) ascending eigenvalues of GGᵀ
@@ -49,11 +55,11 @@ def basic_figures(
     gram: Tensor, condition: Condition, segments: Segments, recorded: Recorded | None
 ) -> dict[str, Tensor]:
     """Norms of gradient, update and residual, and the worst condition of the systems."""
-    names = ("gradient_norm", "update_norm")
+    names = ("gradient_norm", "update_norm", "residual_norm")
     figures = {name: recorded.figures[name] for name in names if recorded and name in recorded.figures}
     residuals = [part for segment in segments for part in segment.window.residuals()]
-    if residuals:
-        figures["residual_norm"] = norm(residuals, gram.device)
+    if residuals and segments.group.size == 1:
+        figures["residual_norm"] = norm(residuals, gram.device, segments.group)
     figures["system_condition"] = condition(torch.linalg.eigvalsh(gram).clamp_min(0)).max()
     return figures
 
@@ -77,6 +83,7 @@ def shape_figures(
     return figures
 
 
-def norm(vectors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Norm of all vectors together, () float64."""
-    return torch.stack([torch.linalg.vector_norm(v, dtype=torch.float64).to(device) for v in vectors]).norm()
+def norm(vectors: Iterable[Tensor], device: torch.device, group: Group) -> Tensor:
+    """Norm of all vectors of all ranks together, () float64."""
+    squares = [torch.linalg.vector_norm(v, dtype=torch.float64).square().to(device) for v in vectors]
+    return group.sum_(sum(squares, torch.zeros((), dtype=torch.float64, device=device))).sqrt()

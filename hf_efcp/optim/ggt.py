@@ -39,7 +39,7 @@ class GGT(WindowOptimizer):
             quotients of its columns, (m, m) float64 more state. On CUDA the host waits at an eigendecomposition alone.
         compression, density, selection, block_size, rank, system, precondition, scaling, update_rms, momentum,
         adam_beta2, weight_decay, value_dtype, residual_dtype, moment_dtype, memory_budget,
-        state_device: see `MFAC`.
+        state_device, shard_state, weight_rounding: see `MFAC`.
 
     Raises:
         ValueError, TypeError: an option is out of range or of the wrong kind, by name.
@@ -100,6 +100,8 @@ class GGT(WindowOptimizer):
         moment_dtype: str | torch.dtype = "float32",
         memory_budget: str | int | None = None,
         state_device: str | None = None,
+        shard_state: bool | None = None,
+        weight_rounding: str = "stochastic",
     ):
         options = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, options)

@@ -50,6 +50,8 @@ class MFAC(WindowOptimizer):
         value_dtype, residual_dtype, moment_dtype: storage of rows, residual and moments.
         memory_budget: bytes (`"8GB"`) or `"adamw"`; picks window, density, block size and dtypes that fit.
         state_device: device that keeps all of these, such as `"cpu"`; gradient and update cross to it and back.
+        shard_state: whether each rank of DDP keeps blocks of its own of all of these; `None`: where there are several.
+        weight_rounding: of bfloat16 and float16 weights, `"stochastic"` or to the `"nearest"`, which loses small steps.
 
     Raises:
         ValueError, TypeError: an option is out of range or of the wrong kind, by name.
@@ -98,6 +100,8 @@ class MFAC(WindowOptimizer):
         moment_dtype: str | torch.dtype = "float32",
         memory_budget: str | int | None = None,
         state_device: str | None = None,
+        shard_state: bool | None = None,
+        weight_rounding: str = "stochastic",
     ):
         options = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, options)

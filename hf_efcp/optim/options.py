@@ -103,6 +103,15 @@ class Option:
         return self.check(value)
 
 
+SHARD_STATE = Option(
+    "shard_state",
+    bool,
+    "whether each rank keeps a part of the state; none: where there are several",
+    optional=True,
+    source="ZeRO, arXiv 1910.02054",
+)
+
+
 def closest(name: str, names: Iterable[str]) -> str:
     """` Did you mean …?`, or nothing where no name is near."""
     match = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)

@@ -15,21 +15,23 @@ _CHUNK = 1 << 18  # entries at a time: temporaries stay in cache
 
 def rms_(updates: list[Tensor], segments: Segments, target: float) -> None:
     """Scale the updates, one flat vector a segment, to a root mean square of `target` over the whole model."""
-    numel = sum(segment.layout.numel for segment in segments)
     device = updates[0].device
     squares = [torch.linalg.vector_norm(u, dtype=torch.float64).to(device).square() for u in updates]
-    factor = _ratio(target, (torch.stack(squares).sum() / max(1, numel)).sqrt())
+    total = segments.group.sum_(torch.stack(squares).sum())
+    factor = _ratio(target, (total / max(1, segments.numel)).sqrt())
     for update in updates:
         update.mul_(factor.to(update.device, update.dtype))
 
 
 def layer_rms_(updates: list[Tensor], segments: Segments, target: float) -> None:
     """Scale each parameter's part of the updates to a root mean square of `target`."""
-    for update, segment in zip(updates, segments, strict=True):
-        parts = segment.layout.split(update)
-        norms = torch.stack(torch._foreach_norm(parts))
-        factors = _ratio(target, norms / segment.root_numels).to(update.dtype)
-        torch._foreach_mul_(parts, list(factors.unbind()))
+    parts = [segment.layout.split(update) for update, segment in zip(updates, segments, strict=True)]
+    squares = [_norms(part, update).double().square() for part, update in zip(parts, updates, strict=True)]
+    device = updates[0].device
+    roots = segments.means(segments.by_parameter(squares, device)).sqrt()
+    for part, factors in zip(parts, segments.by_piece(_ratio(target, roots)), strict=True):
+        if part:
+            torch._foreach_mul_(part, list(factors.to(part[0].dtype).unbind()))
 
 
 def heavy_ball_(updates: list[Tensor], segments: Segments, accept: Tensor, *, momentum: float) -> None:
@@ -59,6 +61,10 @@ def adam_(
         moments = segment.moments["exp_avg"], segment.moments["exp_avg_sq"]
         on_device = step.to(segment.device), accept.to(segment.device)
         ops.adam_(update, *moments, *on_device, beta1=beta1, beta2=beta2)
+
+
+def _norms(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(torch._foreach_norm(parts)) if parts else like.new_empty(0)
 
 
 def _chunks(segment: Segment, update: Tensor, *names: str) -> Iterator[tuple[Tensor, list[Tensor]]]:

@@ -1,4 +1,4 @@
-"""The flat buffers of parameters: one segment for each device."""
+"""The flat buffers of what a rank owns of the parameters: one segment for each device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hf_efcp.curvature.layout import Layout
 from hf_efcp.curvature.lowrank import LowRankWindow
 from hf_efcp.curvature.window import BlockTopKWindow, DenseWindow, GlobalTopKWindow, Window, scale_group
 from hf_efcp.optim.options import DTYPES
+from hf_efcp.parallel import Sharing
 
 
 def make_window(layout: Layout, options: Mapping[str, Any], device: torch.device) -> Window:
@@ -29,35 +30,47 @@ def make_window(layout: Layout, options: Mapping[str, Any], device: torch.device
 
 
 class Segment:
-    """Window and moments of the parameters on one device.
+    """Window and moments of what this rank owns of the parameters on one device.
 
     Args:
         params: parameters, all on one device.
         options: an optimizer's checked options.
         moments: names of the vectors of the parameters' size that live between steps.
+        sharing: how they lie on the ranks.
+        numbers: of the parameters among those of the model; as they stand here if not given.
 
     Attributes:
         device: of the buffers: the parameters', or `options["state_device"]`.
-        n_systems: m×m systems over these parameters.
-        root_numels: root of each parameter's number of entries.
+        owned: what this rank owns of the parameters, piece by piece.
+        layout: of the pieces.
+        numbers: of each piece's parameter among those of the model.
+        n_systems: m×m systems over them.
         moments: (layout.size,) vectors of `options["moment_dtype"]` by name.
     """
 
-    def __init__(self, params: Sequence[Tensor], options: Mapping[str, Any], moments: Sequence[str]):
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        options: Mapping[str, Any],
+        moments: Sequence[str],
+        sharing: Sharing | None = None,
+        numbers: Sequence[int] | None = None,
+    ):
+        sharing = sharing or Sharing()
         self.params = list(params)
         self.parameter_device = self.params[0].device
         self.device = torch.device(options["state_device"] or self.parameter_device)
-        shapes = [p.shape for p in self.params]
-        if options["compression"] == "topk" and options["selection"] == "block":
-            block_size = options["block_size"]
-            group = scale_group(block_size) if options["value_dtype"] == "int8" else 1
-            self.layout = Layout(shapes, block_size, group)
-        else:
-            self.layout = Layout(shapes, 1)
-        self.n_systems = len(self.params) if options["system"] == "layer" else 1
+        in_blocks = options["compression"] == "topk" and options["selection"] == "block"
+        block_size = options["block_size"] if in_blocks else 1
+        group = scale_group(block_size) if options["value_dtype"] == "int8" and in_blocks else 1
+        self._unit = block_size * group
+        self.owned = sharing.own(self.params, None if options["compression"] == "lowrank" else self._unit)
+        self.layout = Layout(self.owned.shapes(), block_size, group, in_units=sharing.kind == "sharded")
+        numbers = range(len(self.params)) if numbers is None else numbers
+        self.numbers = [numbers[piece.number] for piece in self.owned.pieces]
+        self.n_systems = len(self.numbers) if options["system"] == "layer" else 1
         self.window = make_window(self.layout, options, self.device)
         dtype = DTYPES[options["moment_dtype"]]
-        self.root_numels = torch.tensor(self.layout.numels, device=self.device).clamp_min(1).sqrt()
         self.moments = {name: self.layout.zeros(dtype, self.device) for name in moments}
 
     def fits(self, params: Sequence[Tensor]) -> bool:
@@ -68,16 +81,30 @@ class Segment:
         )
 
     def views(self) -> list[dict[str, Tensor]]:
-        """For each parameter its views of the buffers, by name: what stands in `optimizer.state`."""
+        """For each piece its views of the buffers, by name."""
         views = self.window.views()
         for name, flat in self.moments.items():
-            for state, part in zip(views, self.layout.split(flat), strict=True):
+            for state, part in zip(views, self.layout.views(flat), strict=True):
                 state[name] = part
         return views
 
+    def states(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Each parameter of which this rank owns a piece, with what stands for it in `optimizer.state`."""
+        states = []
+        for piece, views in zip(self.owned.pieces, self.views(), strict=True):
+            parameter = self.params[piece.number]
+            units = -(-parameter.numel() // self._unit)
+            shown = {n: self.owned.state(piece, v, (self.steps(n) or (0,))[0], units) for n, v in views.items()}
+            states.append((parameter, shown))
+        return states
+
+    def steps(self, name: str) -> tuple[int, int] | None:
+        """As `Window.steps`, of moments too."""
+        return None if name in self.moments else self.window.steps(name)
+
     def flat_gradient(self) -> Tensor:
-        """A float32 copy of all gradients, (layout.size,); a missing one counts as zero."""
-        return self.layout.flatten([p.grad for p in self.params], self.device)
+        """A float32 copy of the gradients of all pieces, (layout.size,); a missing one counts as zero."""
+        return self.layout.flatten(self.owned.gradients(), self.device)
 
 
 class Segments:
@@ -87,10 +114,12 @@ class Segments:
         params: all parameters, in the optimizer's order.
         options: an optimizer's checked options.
         moments: as for `Segment`.
-        key: what tells the parameters of one segment from those of another; the device.
+        key: what tells the parameters of one segment from those of another; the device. Weights that travel have one
+            dtype besides.
+        sharing: how they lie on the ranks.
 
     Raises:
-        NotImplementedError: a model on several devices with rows that cross parameters.
+        NotImplementedError: rows that cross parameters, and a model on several devices or sharded.
     """
 
     def __init__(
@@ -99,8 +128,14 @@ class Segments:
         options: Mapping[str, Any],
         moments: Sequence[str],
         key: Callable[[Tensor], Any],
+        sharing: Sharing | None = None,
     ):
-        self._key = key
+        self.sharing = sharing or Sharing()
+        self._key = key if self.sharing.kind == "local" else lambda p: (str(key(p)), str(p.dtype))
+        self.group = self.sharing.group
+        self.numel = sum(p.numel() for p in params)
+        self.numels = [p.numel() for p in params]
+        self._constants: dict[Any, Tensor] = {}
         self._per_parameter = options["system"] == "layer"
         parts = self._partition(params)
         if options["compression"] == "topk" and options["selection"] == "global" and len(parts) > 1:
@@ -108,7 +143,8 @@ class Segments:
                 f"selection='global' ranks all entries of a model on one device; this one is spread over "
                 f"{sorted(map(str, map(key, params)))}. Use selection='block'."
             )
-        self._segments = [Segment(part, options, moments) for part in parts]
+        number = {p: i for i, p in enumerate(params)}
+        self._segments = [Segment(part, options, moments, self.sharing, [number[p] for p in part]) for part in parts]
 
     def _partition(self, params: Sequence[Tensor]) -> list[list[Tensor]]:
         by_key: dict[Any, list[Tensor]] = {}
@@ -127,17 +163,35 @@ class Segments:
         parts = self._partition(params)
         return len(parts) == len(self) and all(s.fits(part) for s, part in zip(self, parts, strict=True))
 
-    def views(self) -> dict[Tensor, dict[str, Tensor]]:
-        """For each parameter its views of the buffers, by name."""
-        return {p: views for segment in self for p, views in zip(segment.params, segment.views(), strict=True)}
-
     def gather(self, parts: Sequence[Tensor], device: torch.device) -> Tensor:
-        """(S, m) products of the model on `device`, from those of the segments."""
-        moved = [part.to(device) for part in parts]
-        return torch.cat(moved) if self._per_parameter else sum(moved)
+        """(S, m) products of the model on `device`, from those of the segments of all ranks."""
+        if self._per_parameter:
+            return self.by_parameter(parts, device)
+        return self.group.sum_(sum(part.to(device) for part in parts))
 
     def scatter(self, values: Tensor) -> list[Tensor]:
         """For each segment the rows of `values` (S, …) that are its systems', on its device."""
-        counts = [segment.n_systems for segment in self]
-        parts = values.split(counts) if self._per_parameter else [values] * len(self)
-        return [part.to(segment.device) for segment, part in zip(self, parts, strict=True)]
+        return self.by_piece(values) if self._per_parameter else [values.to(segment.device) for segment in self]
+
+    def by_parameter(self, parts: Sequence[Tensor], device: torch.device) -> Tensor:
+        """(P, …) sums over all ranks of what the segments have of each parameter, a row a piece."""
+        total = parts[0].new_zeros(len(self.numels), *parts[0].shape[1:], device=device)
+        for segment, part in zip(self, parts, strict=True):
+            total.index_add_(0, self._constant(segment.numbers, device), part.to(device))
+        return self.group.sum_(total)
+
+    def by_piece(self, values: Tensor) -> list[Tensor]:
+        """For each segment, on its device, a row of `values` (P, …) for each of its pieces."""
+        rows = [self._constant(segment.numbers, values.device) for segment in self]
+        return [values.index_select(0, r).to(segment.device) for segment, r in zip(self, rows, strict=True)]
+
+    def means(self, sums: Tensor) -> Tensor:
+        """(P,) sums over the entries of each parameter, divided by their number."""
+        return sums / self._constant(self.numels, sums.device).clamp_min(1)
+
+    def _constant(self, numbers: list[int], device: torch.device) -> Tensor:
+        """(n,) int64; made once for each device, as it crosses from the host."""
+        key = id(numbers), device
+        if key not in self._constants:
+            self._constants[key] = torch.tensor(numbers, dtype=torch.int64, device=device)
+        return self._constants[key]

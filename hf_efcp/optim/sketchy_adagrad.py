@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_efcp.curvature.ball import ball_shrinkage
 from hf_efcp.curvature.sketch import deflate, top_eigenpairs
-from hf_efcp.optim.options import Option, check_options
+from hf_efcp.optim.options import SHARD_STATE, Option, check_options
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
 
 _SKETCHY = "Sketchy, arXiv 2302.03764"
@@ -31,6 +31,8 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         radius: of the l2 ball around zero, or `None` for the whole space.
         system: one sketch for each `"parameter"`, or one for the `"model"` as a single vector; the ball is of the same.
         weight_decay: decoupled, as AdamW's.
+        shard_state: whether each rank of DDP keeps the sketches of parameters of its own; `None`: where there are
+            several.
 
     Raises:
         ValueError, TypeError: an option is out of range or of the wrong kind, by name.
@@ -61,6 +63,7 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
             source=_SKETCHY,
         ),
         Option("weight_decay", float, "decoupled weight decay, times lr", low=0, source="AdamW, arXiv 1711.05101"),
+        SHARD_STATE,
     )
 
     def __init__(
@@ -73,6 +76,7 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         radius: float | None = None,
         system: str = "parameter",
         weight_decay: float = 0.0,
+        shard_state: bool | None = None,
     ):
         given = dict(locals())
         super().__init__(params, check_options(self.options, given))
@@ -99,11 +103,10 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
 
     def _accepted_step(self, accept: Tensor) -> None:
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        params = [p for p in self._parameters() if p.grad is not None and p.numel()]
+        params = [p for p in self._with_gradients() if p.numel() and p in self._owners]
         systems = [params] if self.defaults["system"] == "model" else [[p] for p in params]
         for system in systems:
-            if system:
-                self._step_system(system, groups, accept)
+            self._step_system(system, groups, accept)
 
     def _step_system(self, params: list[Tensor], groups: dict[Tensor, dict[str, Any]], accept: Tensor) -> None:
         """Sketch, step and projection of the parameters of one sketch."""
@@ -115,8 +118,7 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         self._sketch(params, gradients, spectrum, keep)
         inside, outside = self._roots(spectrum)
         bases = [self.state[p]["basis"].view(p.numel(), -1) for p in params]
-        dots = sum((u.mT @ g).double().to(device) for u, g in zip(bases, gradients, strict=True))
-        total = sum(torch.linalg.vector_norm(g).double().square().to(device) for g in gradients)
+        dots, total = self._sums(bases, gradients, device)
         # `g − UUᵀg` below float32's rounding of `U` is none: times 1/√δ it would be a step.
         rounding = 4 * len(dots) * torch.finfo(torch.float32).eps ** 2
         outside = torch.where(total - dots.square().sum() > rounding * total, outside, 0)
@@ -128,7 +130,7 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
                 p.mul_(1 - lr * decay * accept.to(p.device).double())
             p.add_(update.view(p.shape), alpha=-lr)
             self.state[p]["step"] += 1
-        if self.defaults["radius"] is not None and any(groups[p]["lr"] for p in params):
+        if self.defaults["radius"] is not None and any(group["lr"] for group in groups.values()):
             self._project(params, bases, *self._roots(spectrum), keep)
 
     def _sketch(self, params: list[Tensor], gradients: list[Tensor], spectrum: dict[str, Tensor], keep: Tensor) -> None:
@@ -138,9 +140,10 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         for p, g in zip(params, gradients, strict=True):
             basis = self.state[p]["basis"].view(p.numel(), -1).double()
             columns.append(torch.cat([basis * s.to(p.device), g.double()[:, None]], 1))
-        gram = sum((x.mT @ x).to(tail.device) for x in columns)
+        gram = torch.zeros(len(s) + 1, len(s) + 1, dtype=torch.float64, device=tail.device)
+        gram = self._summed(sum(((x.mT @ x).to(tail.device) for x in columns), gram))
         values, vectors = top_eigenpairs(gram, len(s))
-        size = sum(p.numel() for p in params)
+        size = sum(p.numel() for p in (params if self.defaults["system"] == "parameter" else self._with_gradients()))
         kept, cut, positive = deflate(values, len(s), size, torch.float32)
         keep = keep & kept.isfinite().all() & vectors.isfinite().all()
         turn = vectors * torch.where(positive, values[: len(s)].rsqrt(), 0)
@@ -149,6 +152,21 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
             basis.copy_(torch.where(keep.to(p.device), (x @ turn.to(p.device)).view(basis.shape), basis))
         s.copy_(torch.where(keep, kept, s))
         tail.copy_(torch.where(keep, tail + cut, tail))
+
+    def _sums(self, bases: list[Tensor], vectors: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """`Uᵀx` and `‖x‖²` of a system, whose parameters may be those of several ranks."""
+        sums = torch.zeros(self.defaults["rank"] + 1, dtype=torch.float64, device=device)
+        for u, x in zip(bases, vectors, strict=True):
+            sums[:-1] += (u.mT @ x).double().to(device)
+            sums[-1] += torch.linalg.vector_norm(x).double().square().to(device)
+        sums = self._summed(sums)
+        return sums[:-1], sums[-1]
+
+    def _summed(self, part: Tensor) -> Tensor:
+        return self._owners.group.sum_(part) if self.defaults["system"] == "model" else part
+
+    def _with_gradients(self) -> list[Tensor]:
+        return [p for p in self._parameters() if p.grad is not None]
 
     def _roots(self, spectrum: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Eigenvalues of the pseudo-inverse of `G̃^{1/2}`: in the kept directions and outside."""
@@ -162,8 +180,7 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         """The nearest point of the ball in the norm of `G̃^{1/2}`."""
         points = [p.float().reshape(-1) for p in params]
         device = inside.device
-        dots = sum((u.mT @ y).double().to(device) for u, y in zip(bases, points, strict=True))
-        total = sum(torch.linalg.vector_norm(y).double().square().to(device) for y in points)
+        dots, total = self._sums(bases, points, device)
         shrink_in, shrink_out, is_outside = ball_shrinkage(inside, outside, dots, total, self.defaults["radius"])
         weights = (shrink_in - shrink_out) * dots
         for p, u, y in zip(params, bases, points, strict=True):

@@ -52,6 +52,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         one_sided: sketch only the shortest axis, with p = 2.
         start_preconditioning_step: steps that are the graft step itself.
         sketch_dtype, momentum_dtype: storage; float64 sketches compute in float64.
+        shard_state: whether each rank of DDP keeps and steps parameters of its own; `None`: where there are several.
 
     Raises:
         ValueError, TypeError: an option is out of range or of the wrong kind, by name.
@@ -87,6 +88,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         start_preconditioning_step: int = 0,
         sketch_dtype: str | torch.dtype = "float32",
         momentum_dtype: str | torch.dtype = "float32",
+        shard_state: bool | None = None,
     ):
         given = dict(locals())
         super().__init__(params, check_options(self.options, given))
@@ -117,7 +119,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         """Parameters with a gradient, those of equal shape together where that saves launches."""
         batches: dict[Any, list[list[Tensor]]] = {}
         for p in self._parameters():
-            if p.grad is None or not p.numel():
+            if p.grad is None or not p.numel() or p not in self._owners:
                 continue
             room = self._batch_size(p)
             key = (p.device, squeeze(tuple(p.shape)), int(self.state[p]["step"]))

@@ -18,13 +18,16 @@ from hf_efcp.optim.options import check_options
 from hf_efcp.optim.scaling import adam_, heavy_ball_, layer_rms_, rms_
 from hf_efcp.optim.segment import Segment, Segments
 from hf_efcp.optim.window_options import check_combinations
+from hf_efcp.optim.window_state import fill_shared_, filled_states, find_window_sharing, whole_states
+from hf_efcp.parallel import Group, check_replicas
 
 
 class WindowOptimizer(EfcpOptimizer):
     """An optimizer over a ring of compressed gradients `G`; subclasses say which m×m function it is.
 
-    State of each parameter: its views of the flat buffers of its device (`residual`, `indices`, `values`,
-    `momentum`, …). State of the first parameter besides: `gram` (m, m) float64, or one for each parameter with
+    State of each parameter: views of the flat buffers of its device (`residual`, `indices`, `values`, `momentum`, …),
+    of those of its blocks that this rank owns. State of the first parameter besides: `gram` (m, m) float64, or one for
+    each parameter with
     `system="layer"`, `step` and `skipped`, what the whole model shares. The first parameter's device holds these.
     """
 
@@ -89,27 +92,30 @@ class WindowOptimizer(EfcpOptimizer):
     def _adopt_state(self) -> None:
         """Make buffers for today's parameters, fill them from `self.state`, and put their views there."""
         params = self._parameters()
-        segments = Segments(params, self.defaults, self._moments(), self._segment_key)
-        states = segments.views()
-        first = states[params[0]]
-        first.update(self._shared_state(self._state_device(params[0])))
+        saved = self._join_state(keeps=True) if self._is_divided else self.state
+        sharing = find_window_sharing(params, self.defaults)
+        segments = Segments(params, self.defaults, self._moments(), self._segment_key, sharing)
+        states = filled_states(segments, params, saved)
+        shared = self._shared_state(self._state_device(params[0]))
         for segment in segments:
-            first.update(segment.window.shared_buffers())
-        for parameter, views in states.items():
-            self._fill(views, self.state.get(parameter, {}))
-            self.state[parameter] = views
+            shared.update(segment.window.shared_buffers())
+        fill_shared_(shared, saved.get(params[0], {}))
+        states[params[0]].update(shared)
+        for parameter in params:
+            self.state[parameter] = states[parameter]
         self._segments = segments
 
-    def _fill(self, views: dict[str, Tensor], saved: dict[str, Any]) -> None:
-        for name, view in views.items():
-            if name not in saved:
-                continue
-            if saved[name].shape != view.shape:
-                raise ValueError(
-                    f"The saved `{name}` has shape {tuple(saved[name].shape)}; this model and these options need "
-                    f"{tuple(view.shape)}."
-                )
-            view.copy_(saved[name])
+    @property
+    def _is_divided(self) -> bool:
+        return self._segments is not None and self._segments.sharing.kind == "replicated"
+
+    def _join_state(self, keeps: bool) -> dict[Tensor, dict[str, Tensor]] | None:
+        first = self._parameters()[0]
+        whole = whole_states(self._segments, self._state_device(first), keeps)
+        if whole is not None:
+            shared = self._shared_state(torch.device("meta"))
+            whole[first].update({name: self.state[first][name].to("cpu", copy=True) for name in shared})
+        return whole
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `EfcpOptimizer.add_param_group`."""
@@ -138,27 +144,29 @@ class WindowOptimizer(EfcpOptimizer):
     def _current_segments(self) -> Segments:
         if self._segments is None or not self._segments.fits(self._parameters()):
             self._adopt_state()
+            if self._is_divided and not self._parameters()[0].is_meta:
+                check_replicas(self._parameters(), self._segments.group)
         return self._segments
 
     def _take_step(self) -> None:
         segments = self._current_segments()
         shared = self.state[self._parameters()[0]]
         gradients = [segment.flat_gradient() for segment in segments]
-        accept = self._acceptable(gradients, shared)
+        accept = self._acceptable(gradients, shared, segments.group)
         if self.record_metrics:
-            self._recorded = Recorded(gradients, accept.device)
+            self._recorded = Recorded(gradients, accept.device, segments.group)
         if self._rejects(accept):
             return
         updates = self._precondition(segments, shared, self._zero_unless_(accept, gradients), accept)
         if self.record_metrics:
             self._recorded.precondition(updates)
         shared["step"] += accept
-        accept = self._finite(updates, accept, shared)
+        accept = self._finite(updates, accept, shared, segments.group)
         if not self._rejects(accept):
             updates = self._scaled(updates, segments, shared, accept)
             if self.record_metrics:
-                self._recorded.update(updates)
-            apply_(self.param_groups, updates, segments, accept)
+                self._recorded.update(updates, segments)
+            apply_(self.param_groups, updates, segments, accept, shared["step"])
 
     def _rejects(self, accept: Tensor) -> bool:
         return self._reads(accept) and not accept
@@ -169,14 +177,14 @@ class WindowOptimizer(EfcpOptimizer):
                 torch.where(accept.to(vector.device), vector, vector.new_zeros(()), out=vector)
         return vectors
 
-    def _acceptable(self, gradients: list[Tensor], shared: dict[str, Tensor]) -> Tensor:
+    def _acceptable(self, gradients: list[Tensor], shared: dict[str, Tensor], group: Group) -> Tensor:
         """() bool: the gradients are finite, and are not the zeros by which checkpointing materialises state."""
         device = shared["step"].device
-        finite = torch.stack([gradient.sum().isfinite().to(device) for gradient in gradients]).all()
+        finite = group.all_(torch.stack([gradient.sum().isfinite().to(device) for gradient in gradients]).all())
         shared["skipped"] += ~finite
-        if any(group["lr"] for group in self.param_groups):
+        if any(settings["lr"] for settings in self.param_groups):
             return finite
-        return finite & torch.stack([gradient.any().to(device) for gradient in gradients]).any()
+        return finite & group.any_(torch.stack([gradient.any().to(device) for gradient in gradients]).any())
 
     def _precondition(
         self, segments: Segments, shared: dict[str, Tensor], gradients: list[Tensor], accept: Tensor
@@ -225,9 +233,9 @@ class WindowOptimizer(EfcpOptimizer):
         """What is preconditioned, a flat vector a segment; `None` for the newest row."""
         return gradients if self._keeps_gradient else None
 
-    def _finite(self, updates: list[Tensor], accept: Tensor, shared: dict[str, Tensor]) -> Tensor:
+    def _finite(self, updates: list[Tensor], accept: Tensor, shared: dict[str, Tensor], group: Group) -> Tensor:
         """`accept`, less the case of an update that overflowed."""
-        finite = torch.stack([update.sum().isfinite().to(accept.device) for update in updates]).all()
+        finite = group.all_(torch.stack([update.sum().isfinite().to(accept.device) for update in updates]).all())
         shared["skipped"] += accept & ~finite
         return accept & finite
 
@@ -275,5 +283,5 @@ def _scale_(update: Tensor, weights: Tensor, segment: Segment) -> None:
     weights = weights.to(update.dtype)
     if len(weights) == 1:
         update.mul_(weights)
-    else:
+    elif len(weights):
         torch._foreach_mul_(segment.layout.split(update), list(weights.unbind()))

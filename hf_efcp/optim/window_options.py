@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_efcp.optim.options import Option
+from hf_efcp.optim.options import SHARD_STATE, Option
+from hf_efcp.optim.rounding import WEIGHT_ROUNDING
 
 _EFCP = "EFCP, arXiv 2306.06098"
 _HERE = "this package"
@@ -92,6 +93,8 @@ WINDOW_OPTIONS = (
         optional=True,
         source=_HERE,
     ),
+    SHARD_STATE,
+    WEIGHT_ROUNDING,
 )
 
 
@@ -100,6 +103,8 @@ def check_combinations(options: Mapping[str, Any]) -> None:
     if options["selection"] == "global":
         if options["compression"] != "topk":
             raise ValueError("selection='global' is a choice of compression='topk'; leave it at 'block'.")
+        if options["shard_state"]:
+            raise ValueError("selection='global' has rows over the whole model; shard_state=True needs 'block'.")
         if options["system"] == "layer":
             raise ValueError("selection='global' mixes the layers' entries in each row; system='layer' needs 'block'.")
     small = options["compression"] == "topk" and options["selection"] == "block"

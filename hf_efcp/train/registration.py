@@ -2,7 +2,8 @@
 
 transformers has no public door for this. Two private names are extended: the members of `OptimizerNames`, from
 which argument parsers take the choices of `--optim`, and `trainer_optimizer._OPTIMIZER_HANDLERS`, from which Trainer
-takes what to build. Besides, `--optim_args` learns JSON and `DEFAULT_CALLBACKS` the callback that logs metrics.
+takes what to build. Besides, `--optim_args` learns JSON, `DEFAULT_CALLBACKS` the callback that logs metrics, and
+Trainer's methods that save and load an optimizer what `hf_efcp.train.checkpoints` says.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from hf_efcp.optim.optim_args import parse_optim_args
 from hf_efcp.optim.registry import OptimizerSpec, get_spec, list_optimizers, on_register
 from hf_efcp.train.callbacks import EfcpCallback, EfcpMetricsCallback
+from hf_efcp.train.checkpoints import wrap_saving_and_loading
 
 DEFAULT_LEARNING_RATE = 5e-5  # of TrainingArguments: where `--learning_rate` has it, nobody chose it
 
@@ -41,6 +43,7 @@ def register_optimizers() -> None:
         module._parse_optim_args = parse_optim_args
     if EfcpCallback not in callbacks:
         callbacks.append(EfcpCallback)
+    wrap_saving_and_loading(transformers.Trainer)
 
 
 def log_diagnostics() -> None:
@@ -73,8 +76,9 @@ def _seams() -> tuple[type[Enum], dict[str, Callable], list[Any], list[type]]:
 
         handlers, callbacks = trainer_optimizer._OPTIMIZER_HANDLERS, trainer.DEFAULT_CALLBACKS
         modules = [module for module in (trainer, trainer_optimizer) if module._parse_optim_args]
+        files = trainer.Trainer._save_optimizer_and_scheduler, trainer.Trainer._load_optimizer_and_scheduler
         maps = OptimizerNames._member_names_, OptimizerNames._member_map_, OptimizerNames._value2member_map_
-        if not isinstance(handlers, dict) or not isinstance(callbacks, list) or not all(maps):
+        if not isinstance(handlers, dict) or not isinstance(callbacks, list) or not all((*maps, *files)):
             raise TypeError("they are of another kind")
     except (ImportError, AttributeError, TypeError) as error:
         raise RuntimeError(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_efcp.train.adversary import Adversary
 from hf_efcp.train.callbacks import own_optimizer
+from hf_efcp.train.checkpoints import last_complete_checkpoint
 from hf_efcp.train.hub import told_plainly, watch
 from hf_efcp.train.model_card import write_model_card
 from hf_efcp.train.resume import load_converted, refuse_lost_parameters
@@ -25,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 class EfcpTrainer(Trainer):
-    """A `Trainer` that differs in four things.
+    """A `Trainer` that differs in five things.
 
+    - `train(resume_from_checkpoint=True)` passes over a checkpoint whose process was killed while it wrote.
     - Resuming, and loading the best model at the end, restores weights that are saved under other names than the
       model's, a ViT's encoder among them (see `hf_efcp.train.resume`). Resuming with a parameter that the
       checkpoint does not hold is an error, as it would go on from random values.
@@ -52,6 +54,21 @@ class EfcpTrainer(Trainer):
     def __init__(self, *args: Any, adversary: Adversary | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._adversary = adversary
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """See `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if resume_from_checkpoint is True:
+            folder = self.args.output_dir
+            resume_from_checkpoint = last_complete_checkpoint(folder)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"No complete checkpoint in {folder}; leave out `resume_from_checkpoint` to start anew."
+                )
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with self._restoring(resume_from_checkpoint, refuses_losses=True):
