@@ -188,6 +188,14 @@ def test_the_replacement_does_not_maximize():
         (["--patch-adamw", "efcp_mfac:lr=3", __file__], "`lr`"),
         (["--patch-adamw", "MFAC:lr=3", __file__], "`lr` is set by the script"),
         (["--patch-adamw", "efcp_mfac:window=3,", __file__], "surplus comma"),
+        (["--sparsity", "most", __file__], "`--sparsity` must be a number in [0, 1), got 'most'"),
+        (["--sparsity", "1", __file__], "`sparsity` must be in [0, 1), got 1.0"),
+        (["--sparsity", "0.9", "--sparse_method", "rigle", __file__], "Did you mean `rigl`"),
+        (["--sparse_method", "rigl", __file__], "need `sparsity`"),
+        (["--sparsity"], "`--sparsity` needs a value"),
+        (["--gradient_correction", "agent", "--correction_args", "gama=1", __file__], "Did you mean `gamma`"),
+        (["--adversary", "cw", __file__], "must be one of fgsm, pgd"),
+        (["--trainer", "transformers", "--sparsity", "0.9", __file__], "leave out `--trainer transformers`"),
     ],
 )
 def test_mistakes_are_answered_in_a_line(words, message, capsys, adamw):
@@ -212,7 +220,9 @@ def test_list_and_explain(capsys):
 def test_help_names_every_option(capsys):
     main(["--help"])
     text = capsys.readouterr().out
-    for option in ("--list", "--explain", "--patch-adamw", "--trainer", "--help", "torchrun", "accelerate launch"):
+    options = ["--list", "--explain", "--patch-adamw", "--trainer", "--sparsity", "--sparse_method", "--sparse_args"]
+    options += ["--gradient_correction", "--correction_args", "--adversary", "--help", "torchrun", "accelerate launch"]
+    for option in options:
         assert option in text
 
 
