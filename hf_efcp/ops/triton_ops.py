@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hf_efcp.ops import torch_ops
 from hf_efcp.ops import triton_kernels as kernels
 from hf_efcp.ops.triton_moments import adam_  # noqa: F401  this backend's
 from hf_efcp.ops.triton_topk import push_topk
@@ -37,6 +38,8 @@ def accumulate_topk_(
     group: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `torch_ops.accumulate_topk_`."""
+    if gradient.shape[1] > _STAGED:  # a block does not fit into shared memory
+        return torch_ops.accumulate_topk_(residual, gradient, k, value_dtype, accept, grid=grid, group=group)
     n_blocks = len(gradient)
     indices = torch.empty(n_blocks, 1, k, dtype=torch.int64, device=gradient.device)
     values = torch.empty(n_blocks, 1, k, dtype=value_dtype, device=gradient.device)
@@ -59,6 +62,9 @@ def push_topk_(
     grid: Tensor | None = None,
 ) -> None:
     """See `torch_ops.push_topk_`."""
+    if gradient.shape[1] > _STAGED:
+        torch_ops.push_topk_(indices, values, row, residual, gradient, accept, scales=scales, grid=grid)
+        return
     _push((indices, values, scales), row, residual, gradient, accept, grid)
 
 

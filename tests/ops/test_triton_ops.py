@@ -153,6 +153,20 @@ def test_passes_over_large_blocks_wide_rows_and_long_windows(device, monkeypatch
     assert_same_passes(window, draw(3, 70, seed=7), draw(5, seed=8).double(), device)
 
 
+@pytest.mark.parametrize("value_dtype", VALUES, ids=str)
+def test_blocks_beyond_shared_memory_are_pushed_by_torch(value_dtype, device, monkeypatch):
+    monkeypatch.setattr(triton_ops, "_STAGED", 63)
+    monkeypatch.setattr(triton_ops, "push_topk", None)
+    group = 2 if value_dtype is torch.int8 else 1
+    x, gradient = draw(6, 64, seed=1), draw(6, 64, seed=2)
+    assert_same_rows(*accumulate(x, gradient, 5, value_dtype, torch.float32, device, group=group), 64)
+    window = moved(make_window(6, 3, 64, 5, value_dtype, group), device)
+    before, row, yes = window[1].clone(), torch.tensor(1, device=device), torch.tensor(True, device=device)
+    triton_ops.push_topk_(*window[:2], row, *moved((x, gradient), device), yes, scales=window[2])
+    assert torch.equal(window[1][:, ::2], before[:, ::2])
+    assert not torch.equal(window[1][:, 1], before[:, 1])
+
+
 def test_dots_take_products_in_float64(device):
     """Two terms that cancel but for 2⁻⁴⁰ of them, which a float32 product rounds away."""
     indices, values = torch.tensor([[[0, 1]]], dtype=torch.uint8), torch.tensor([[[1 + 2**-20, 1.0]]])
@@ -194,13 +208,14 @@ class Compiled:
             if isinstance(value, torch.Tensor):
                 types[name] = f"*{triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).split('.')[1]]}"
                 aligned[index,] = [["tt.divisibility", 16]]
-            elif name in ("n_blocks", "window", "n"):
+            elif name in ("n_blocks", "window", "n") and value != 1:  # a launch takes 1 as a constant
                 types[name] = "i32"
             else:
                 types[name], given[index,] = "constexpr", value
         source = triton.compiler.ASTSource(self.kernel, types, constexprs=given, attrs=aligned)
         options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert done.metadata.shared <= 99 * 1024, (self.kernel, done.metadata.shared)  # of consumers' cards
         Compiled.count += 1
 
 triton_ops.push_topk = Compiled(triton_ops.push_topk)
@@ -209,13 +224,14 @@ for name in ("window_dots", "window_combine"):
 triton_moments.adam = Compiled(triton_moments.adam)
 yes, row = torch.tensor(True), torch.tensor(1)
 triton_moments.adam_(draw(9), draw(9), draw(9).bfloat16(), row, yes, beta1=0.9, beta2=0.999)
-for (value, residual), size in (((1, 1), 4096), ((2, 2), 256)):
+for (value, residual), size in (((1, 1), 8192), ((2, 2), 256)):
     indices, values, scales = make_window(2, 3, size, size // 100, VALUES[value], group=2)
     memory, grid = make_residual(draw(2, size), RESIDUALS[residual])
     triton_ops.push_topk_(indices, values, row, memory, draw(2, size), yes, scales=scales, grid=grid)
     triton_ops.window_dots(indices, values, draw(2, size), scales)
     triton_ops.row_dots(indices, values, row, draw(2, size), scales)
     triton_ops.window_combine_(draw(2, size), indices, values, draw(3), scales)
+triton_ops.accumulate_topk_(draw(1, 64), draw(1, 64), 3, torch.float32, yes)
 print(Compiled.count)
 """
 
@@ -228,4 +244,4 @@ def test_kernels_compile_for_a_device(tmp_path):
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "9"
+    assert done.stdout.strip() == "10"
