@@ -41,7 +41,7 @@ class Sizes:
     repeats: int
 
 
-GPU = Sizes("cuda", {"num_labels": 1000}, 64, [(4096, 4096)] * 60, (128, 256, 1024), 4096, 1 << 30, 20)
+GPU = Sizes("cuda", {"num_labels": 1000}, 64, [(4096, 4096)] * 60, (128, 256, 1024), 2048, 1 << 30, 20)
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 DRY = Sizes("cpu", {**TINY, "image_size": 8, "patch_size": 4, "num_labels": 3}, 2, [(16, 16)], (2, 3), 256, 1 << 10, 1)
 
