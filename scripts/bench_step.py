@@ -7,7 +7,7 @@
 
 Warm, window full, medians; use the ratios. One thread: process time, which a busy machine disturbs least. Several:
 time on the wall. Memory is counted from the tensors that live between steps. `--sweep` measures against d at m = 32,
-to 100M as memory allows, and against m from 8 to 2048 at d = 1M.
+to 100M as memory allows, and against m from 8 to 2048 at d = 1M; what stands in `--json` is not measured again.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     panels = (("size", "window", 32, "parameters d"), ("window", "size", 1_000_000, "window m"))
     for ax, (x, fixed, value, label) in zip(axes, panels, strict=True):
-        part = [row for row in rows if row[fixed] == value]
+        part = [row for row in rows if row["asked_size" if fixed == "size" else fixed] == value]
         for name, on in dict.fromkeys((row["optimizer"], row["backend"]) for row in part):
             points = {row[x]: row["ms"] for row in part if (row["optimizer"], row["backend"]) == (name, on)}
             ax.plot(sorted(points), [points[at] for at in sorted(points)], "o-", label=f"{name} {on}".strip())
@@ -165,8 +165,8 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
         return
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sizes = [size for size in (10**5, 10**6, 10**7, 10**8) if 60 * size < available]
-    yield from ((size, 32) for size in sizes)
-    yield from ((10**6, window) for window in (8, 128, 512, 2048))
+    swept = [(size, 32) for size in sizes] + [(10**6, window) for window in (8, 128, 512, 2048)]
+    yield from sorted(swept, key=lambda case: case[0] * case[1])  # the cheap ones first
 
 
 def main() -> None:
@@ -184,16 +184,28 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     print(f"torch {torch.__version__}, density {args.density:g}, blocks of {BLOCK_SIZE}, {commit.stdout.strip()}\n")
     print(HEADER, "|---|---|---|---|---|---|---|---|", sep="\n")
-    rows = []
+    rows = read(args.json) if args.sweep else []
+    for row in rows:
+        print(line(row))
+    measured = {(row["asked_size"], row["window"]) for row in rows}
     for size, window in cases(args):
+        if (size, window) in measured:
+            continue
+        found = []
         for row in measure(size, window, args, variants=not args.sweep):
-            rows.append(row)
+            found.append({**row, "asked_size": size, "commit": commit.stdout.strip()})
             print(line(row), flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"commit": commit.stdout.strip(), "rows": rows}, indent=1))
+        rows += found
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps({"rows": rows}, indent=1))
     if args.picture:
         draw(rows, args.picture)
+
+
+def read(path: Path | None) -> list[dict[str, Any]]:
+    """The rows of a sweep that was broken off."""
+    return json.loads(path.read_text())["rows"] if path and path.exists() else []
 
 
 if __name__ == "__main__":
