@@ -66,10 +66,7 @@ def _spans(starts: Sequence[range], per_parameter: bool) -> list[slice]:
 
 
 class DenseWindow:
-    """Whole gradients: `values` (m, size), in the state of sharded parameters (size, m).
-
-    The published M-FAC; m·4 bytes per parameter in float32.
-    """
+    """Whole gradients, as published: `values` (m, size), in the state of sharded parameters (size, m)."""
 
     def __init__(
         self,

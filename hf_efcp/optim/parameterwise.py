@@ -82,11 +82,13 @@ class ParameterwiseOptimizer(EfcpOptimizer):
         """New tensors for what this rank owns of today's parameters, filled from `self.state` where it has them."""
         params = self._parameters()
         saved = self._join_state(keeps=True) if self._is_divided else dict(self.state)
-        sharing = find_sharing(params, self.defaults.get("shard_state", False))
+        sharing = find_sharing(params, self.defaults.get("shard_state"))
+        if sharing.kind == "replicated" and "shard_state" not in self.defaults:
+            sharing = Sharing()
         if sharing.kind == "sharded":
             raise NotImplementedError(
                 f"{type(self).__name__} needs whole parameters, and these are sharded. With FSDP2 use efcp_mfac or "
-                "efcp_ggt; with DDP every optimizer works, and shard_state=True divides its state."
+                "efcp_ggt; with DDP every optimizer works."
             )
         owners = Owners(params, sharing, [self._cost(p) for p in params] if sharing.group.size > 1 else [])
         for number, parameter in enumerate(params):

@@ -161,9 +161,10 @@ class SINGD(SingdLayers):
 
     def _accepted_step(self, accept: Tensor) -> None:
         gradients, directions = {}, {}
+        statistics = self._statistics()
         for layer in self._layers():
             pair = FactorPair(layer, self.state[layer.weight], self.defaults)
-            sums = self._statistics(layer)
+            sums = statistics.get(layer)
             if sums is not None:
                 pair.refresh(sums, self._loss_terms)
             if layer.weight.grad is None or not pair.has_statistics:

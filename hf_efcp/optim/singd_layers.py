@@ -13,7 +13,9 @@ from hf_efcp.curvature.layer_statistics import Collector, Sums
 from hf_efcp.curvature.layers import Layer, Plan, find_layers
 from hf_efcp.curvature.structures import DenseMetric, Diagonal, Structure
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
+from hf_efcp.optim.singd_ranks import summed_over_ranks
 from hf_efcp.optim.singd_state import FactorPair, factor_name, stores_metric_alone
+from hf_efcp.parallel import world
 
 logger = logging.getLogger(__name__)
 
@@ -214,8 +216,13 @@ class SingdLayers(ParameterwiseOptimizer):
         names = factor_name("input", layer.inputs), factor_name("output", layer.outputs)
         return (state[names[0]], state[names[1]]) if names[0] in state else None
 
-    def _statistics(self, layer: Layer) -> Sums | None:
-        return self._collector.sums(layer)
+    def _statistics(self) -> dict[Layer, Sums]:
+        """Of the layers whose factors are due, over the batch of all ranks."""
+        group = world()
+        is_due = self._is_due() or any(self._is_due(layer) for layer in self._layers())
+        if group.size > 1 and not is_due:  # all ranks know that without asking
+            return {}
+        return summed_over_ranks(group, {layer: self._collector.sums(layer) for layer in self._layers()})
 
     def _forget_statistics(self) -> None:
         self._forget()

@@ -25,6 +25,8 @@ def of_name(name, **options):
 
 
 NAMES = [of_name(name) for name in list_optimizers() if "shard_state" in get_spec(name).options()]
+SINGD = [of_name(name, T=2) for name in ("efcp_singd", "singd")]  # whole on every rank; statistics are of all
+ALL = NAMES + SINGD
 VARIANTS = [
     of_name("efcp_mfac", system="layer", scaling="layer_rms"),
     of_name("efcp_mfac", value_dtype="int8", residual_dtype="int4", moment_dtype="bfloat16", block_size=16),
@@ -70,7 +72,7 @@ def on_ranks(checkpoints):
     """What the tests below look at, in one launch: a launch costs more than all of it."""
     part = {"rank": dist.get_rank(), "n_ranks": dist.get_world_size()}
     results = {"names": [], "variants": [], "resumed": []}
-    for case in NAMES:
+    for case in ALL:
         model = tiny_model()
         optimizer = case.build(model)
         wrapped = DistributedDataParallel(model) if case is NAMES[0] else model
@@ -84,7 +86,7 @@ def on_ranks(checkpoints):
             optimizer = case.build(m, shard_state=shard_state)
             train(m, optimizer, range(6), **part)
         results["variants"].append((weights(model), weights(whole)))
-    for case, checkpoint in zip(NAMES, checkpoints, strict=True):
+    for case, checkpoint in zip(ALL, checkpoints, strict=True):
         model = tiny_model()
         model.load_state_dict(checkpoint["model"])
         optimizer = case.build(model, lr=0.5)
@@ -158,17 +160,17 @@ def saved_by_one_rank(rank, n_ranks):
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
 def results(request, tmp_path_factory):
     checkpoints = []
-    for case in NAMES:
+    for case in ALL:
         model, optimizer = single(case, range(RESUMED))
         checkpoints.append({"model": copy.deepcopy(model.state_dict()), "optimizer": saved(optimizer)})
     folder = tmp_path_factory.mktemp("ranks")
     return run_ranks(on_ranks, request.param, folder, checkpoints)
 
 
-@pytest.mark.parametrize("number", range(len(NAMES)), ids=map(str, NAMES))
+@pytest.mark.parametrize("number", range(len(ALL)), ids=map(str, ALL))
 def test_as_one_process_after_50_steps(results, number):
     """To 1e-6; sums over the batch and over the blocks have another order, nothing else differs."""
-    model, optimizer = single(NAMES[number], range(STEPS))
+    model, optimizer = single(ALL[number], range(STEPS))
     ours, state = results[0]["names"][number]
     torch.testing.assert_close(ours, weights(model), rtol=0, atol=1e-6)
     expected = optimizer.state_dict()["state"]
@@ -189,9 +191,9 @@ def test_divided_as_whole(results, number):
     torch.testing.assert_close(ours, whole, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("number", range(len(NAMES)), ids=map(str, NAMES))
+@pytest.mark.parametrize("number", range(len(ALL)), ids=map(str, ALL))
 def test_checkpoint_of_one_process_resumes_on_several_and_back(results, number):
-    case = NAMES[number]
+    case = ALL[number]
     model, optimizer = single(case, range(RESUMED + 4))
     ours, state = results[0]["resumed"][number]
     torch.testing.assert_close(ours, weights(model), rtol=0, atol=1e-6)
