@@ -28,7 +28,7 @@ class SparseMethod:
         stop: share of training after which it no longer does.
         stop_epochs: the same in epochs; whichever comes first.
         order: `replace`: the change takes the place of the optimizer's step, `after`: it follows the step.
-        keep_value: a weight that is pruned and grown again at once keeps its value; otherwise it starts at 0.
+        regrow_keep_value: a weight that is pruned and grown again at once keeps its value; otherwise it starts at 0.
         gradual: start dense and prune the smallest of the whole model, to the sparsity at `stop`, along a cubic.
     """
 
@@ -43,7 +43,7 @@ class SparseMethod:
     stop: float = 1.0
     stop_epochs: int | None = None
     order: str = "after"
-    keep_value: bool = False
+    regrow_keep_value: bool = False
     gradual: bool = False
 
     @property
@@ -89,8 +89,12 @@ METHODS = {
         SparseMethod("static"),
         SparseMethod("set", "uniform", True, "random", rate=0.5, stop_epochs=99),
         SparseMethod("rigl", "erk", grow="gradient", rate=0.3, interval=100, stop=0.75, order="replace"),
-        SparseMethod("rigl_itop", "erk", grow="gradient", rate=0.5, final_rate=0.005, interval=4000, keep_value=True),
-        SparseMethod("set_itop", "erk", grow="random", rate=0.5, final_rate=0.005, interval=1500, keep_value=True),
+        SparseMethod(
+            "rigl_itop", "erk", grow="gradient", rate=0.5, final_rate=0.005, interval=4000, regrow_keep_value=True
+        ),
+        SparseMethod(
+            "set_itop", "erk", grow="random", rate=0.5, final_rate=0.005, interval=1500, regrow_keep_value=True
+        ),
         SparseMethod("snfs", "uniform", grow="momentum", rate=0.5, stop_epochs=99),
         SparseMethod("gmp", interval=100, begin=700, stop=0.75, gradual=True),
     )
@@ -123,7 +127,7 @@ def _check(method: SparseMethod) -> None:
         value = getattr(method, setting)
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"`{setting}` must be in [0, 1], got {value!r}.")
-    for setting in ("first_dense", "keep_value"):
+    for setting in ("first_dense", "regrow_keep_value"):
         if not isinstance(getattr(method, setting), bool):
             raise TypeError(f"`{setting}` must be true or false, got {getattr(method, setting)!r}.")
     interval = method.interval

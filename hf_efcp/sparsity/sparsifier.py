@@ -204,7 +204,7 @@ class Sparsifier:
         for number, layer in enumerate(self.layers):
             name, before = layer.name, kept[layer.name]
             mask = grown(self._growth_scores(number), before, adding[name])
-            stays = self.masks[name] if self.method.keep_value else before
+            stays = self.masks[name] if self.method.regrow_keep_value else before
             layer.parameter.mul_(stays & mask)
             born[name] = mask & ~stays
             self.masks[name] = mask

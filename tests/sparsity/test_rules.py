@@ -36,33 +36,34 @@ def active(masks):
 
 
 PUBLISHED = {
-    "static": ("erk", "none", 0.0, 0.0, "epoch", 1.0, None, "after", False),
-    "set": ("uniform", "random", 0.5, 0.0, "epoch", 1.0, 99, "after", False),
-    "rigl": ("erk", "gradient", 0.3, 0.0, 100, 0.75, None, "replace", False),
-    "rigl_itop": ("erk", "gradient", 0.5, 0.005, 4000, 1.0, None, "after", True),
-    "set_itop": ("erk", "random", 0.5, 0.005, 1500, 1.0, None, "after", True),
-    "snfs": ("uniform", "momentum", 0.5, 0.0, "epoch", 1.0, 99, "after", False),
-    "gmp": ("erk", "none", 0.0, 0.0, 100, 0.75, None, "after", False),
+    "static": ("erk", "none", 0.0, 0.0, "epoch", 1.0, None, "after"),
+    "set": ("uniform", "random", 0.5, 0.0, "epoch", 1.0, 99, "after"),
+    "rigl": ("erk", "gradient", 0.3, 0.0, 100, 0.75, None, "replace"),
+    "rigl_itop": ("erk", "gradient", 0.5, 0.005, 4000, 1.0, None, "after"),
+    "set_itop": ("erk", "random", 0.5, 0.005, 1500, 1.0, None, "after"),
+    "snfs": ("uniform", "momentum", 0.5, 0.0, "epoch", 1.0, 99, "after"),
+    "gmp": ("erk", "none", 0.0, 0.0, 100, 0.75, None, "after"),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_defaults_are_the_published_ones(name):
     m = METHODS[name]
-    settings = (m.distribution, m.grow, m.rate, m.final_rate, m.interval, m.stop, m.stop_epochs, m.order, m.keep_value)
+    settings = (m.distribution, m.grow, m.rate, m.final_rate, m.interval, m.stop, m.stop_epochs, m.order)
     assert settings == PUBLISHED[name]
+    assert m.regrow_keep_value == ("itop" in name)
     assert (m.first_dense, m.gradual, m.begin) == (name == "set", name == "gmp", 700 if name == "gmp" else 1)
     assert METHODS.keys() == PUBLISHED.keys()
 
 
-@pytest.mark.parametrize("keep_value", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("order", ["replace", "after"])
 @pytest.mark.parametrize("name", ["set", "rigl", "rigl_itop", "set_itop", "snfs"])
-def test_density_never_changes(name, order, keep_value):
+def test_density_never_changes(name, order, keep):
     """Per layer; with SNFS of the whole. What is inactive is 0, in the weights and in every moment."""
     net = model()
     made = Sparsifier(
-        net, 0.7, name, total_steps=30, steps_per_epoch=5, order=order, keep_value=keep_value, interval=2, stop=1.0
+        net, 0.7, name, total_steps=30, steps_per_epoch=5, order=order, regrow_keep_value=keep, interval=2, stop=1.0
     )  # fmt: skip
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
     made.apply_(optimizer)
@@ -108,9 +109,9 @@ def test_rigl_drops_the_smallest_and_grows_the_steepest():
 def test_regrown_weights_may_keep_their_value():
     """The masks are the same either way; a weight that is pruned and grown at once is kept or zeroed."""
     results = []
-    for keep_value in (False, True):
+    for keep in (False, True):
         net = model()
-        made = Sparsifier(net, 0.3, "rigl", total_steps=10, interval=1, rate=0.9, keep_value=keep_value, stop=1.0)
+        made = Sparsifier(net, 0.3, "rigl", total_steps=10, interval=1, rate=0.9, regrow_keep_value=keep, stop=1.0)
         made.apply_()
         before = {n: m.clone() for n, m in made.masks.items()}
         list(train(made, net, 1))
