@@ -197,9 +197,8 @@ class BlockTopKWindow:
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
         sums = out.to(coefficients.dtype)
-        blocks = self._blocks(sums)
         for weights, (span, indices, values, scales) in zip(coefficients, self._parts(), strict=True):
-            ops.window_combine_(blocks[span], indices, values, weights, scales)
+            ops.window_combine_(self._blocks(sums)[span], indices, values, weights, scales)
         if sums is not out:
             out.copy_(sums)
 
@@ -283,8 +282,7 @@ class GlobalTopKWindow:
         sums = out.to(coefficients.dtype)
         for indices, values, weight in zip(self.indices, self.values, coefficients[0], strict=True):
             sums.index_add_(0, indices, values.to(sums.dtype) * weight)
-        if sums is not out:
-            out.copy_(sums)
+        out.copy_(sums)
 
     def views(self) -> list[dict[str, Tensor]]:
         return [{"residual": residual} for residual in self.layout.split(self.residual)]
