@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
@@ -28,6 +30,7 @@ class EfcpCallback(TrainerCallback):
 
     def __init__(self):
         self._skipped = 0
+        self._introduced = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -48,6 +51,18 @@ class EfcpCallback(TrainerCallback):
         optimizer = own_optimizer(kwargs.get("optimizer"))
         if hasattr(optimizer, "record_metrics"):
             optimizer.record_metrics = will_log(args, state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        optimizer = own_optimizer(kwargs.get("optimizer"))
+        if optimizer is None or self._introduced:
+            return
+        self._introduced = True  # after a step, since some optimizers cannot tell their state before
+        if state.is_world_process_zero:
+            line = introduction(args, optimizer)
+            if args.disable_tqdm:
+                logger.info(line)
+            else:
+                tqdm.write(line, file=sys.stderr)  # above Trainer's bar, in a notebook too
 
     def on_log(
         self,
@@ -121,6 +136,18 @@ def will_log(args: TrainingArguments, state: TrainerState) -> bool:
         return step % state.logging_steps == 0
     # The end of an epoch is not known from here.
     return args.logging_strategy == IntervalStrategy.EPOCH
+
+
+def introduction(args: TrainingArguments, optimizer: EfcpOptimizer) -> str:
+    """A line: which optimizer, its window where it has one, what it keeps, and what AdamW would."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    count, size = sum(p.numel() for p in parameters), optimizer.state_bytes()
+    adamw = sum(2 * p.numel() * p.element_size() for p in parameters)
+    window = f", window={optimizer.defaults['window']}" if "window" in optimizer.defaults else ""
+    return (
+        f"{optimizer_name(args, optimizer)}{window}: {size / 1e6:,.1f} MB of state for {count:,} parameters, "
+        f"{size / max(1, count):.2f} bytes each; AdamW would keep {adamw / max(1, count):.2f}."
+    )
 
 
 def optimizer_name(args: TrainingArguments, optimizer: Optimizer) -> str:
