@@ -207,7 +207,7 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "efcp_mfac window=1024": ("efcp_mfac", {"window": 1024}),
     "efcp_ggt": ("efcp_ggt", {}),
     "efcp_ggt basis_every=10": ("efcp_ggt", {"basis_every": 10}),
-    "efcp_singd T=10": ("efcp_singd", {"T": 10}),
+    "efcp_singd T=10": ("efcp_singd", {"T": 10, "warm_steps": 0}),
     "sketchy_shampoo update_freq=10": ("sketchy_shampoo", {"update_freq": 10}),
 }
 

@@ -53,7 +53,15 @@ def adam(
 
 
 def adam_(
-    update: Tensor, first: Tensor, second: Tensor, step: Tensor, accept: Tensor, *, beta1: float, beta2: float
+    update: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: Tensor,
+    accept: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float = ADAM_EPS,
 ) -> Tensor:
     """See `torch_moments.adam_`."""
     if not update.numel():
@@ -65,7 +73,7 @@ def adam_(
             *(update, first, second, corrections, step, accept.view(torch.uint8), update.numel()),
             BETA1=beta1,
             BETA2=beta2,
-            EPS=ADAM_EPS,
+            EPS=eps,
             SIZE=_PER_PROGRAM,
             num_warps=4,
             enable_fp_fusion=False,

@@ -48,14 +48,15 @@ def _move_(weights: list[Tensor], updates: list[Tensor], group: dict[str, Any], 
         else:
             plain.append((weight, update))
     if factor is not None:
-        for device, there in _by_device([weight for weight, _ in plain]).items():
-            torch._foreach_mul_(there, factor.to(device))
+        for (device, dtype), there in _by_kind([weight for weight, _ in plain]).items():
+            # A factor of another dtype would be a launch for each tensor; bfloat16 cannot hold 1 − 1e-5.
+            torch._foreach_mul_(there, factor.to(device, dtype if dtype is torch.float32 else factor.dtype))
     if plain:
         torch._foreach_add_([weight for weight, _ in plain], [update for _, update in plain], alpha=-lr)
 
 
-def _by_device(weights: list[Tensor]) -> dict[torch.device, list[Tensor]]:
-    found: dict[torch.device, list[Tensor]] = {}
+def _by_kind(weights: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for weight in weights:
-        found.setdefault(weight.device, []).append(weight)
+        found.setdefault((weight.device, weight.dtype), []).append(weight)
     return found

@@ -227,7 +227,9 @@ class SINGD(SingdLayers):
             state.update(self._new_moments(p))
         state["adam_step"] += 1
         betas = self.defaults["beta1"], self.defaults["beta2"]
-        count, there = state["adam_step"].to(p.device), accept.to(p.device)
+        # The count is the host's: filled in, not copied, for which the host would wait.
+        count = torch.full((), int(state["adam_step"]), dtype=torch.int64, device=p.device)
+        there = accept.to(p.device)
         update = adam_direction(state, gradient, count, there, betas, self.defaults["eps"])
         self._move(p, update, group, lr, accept)
 

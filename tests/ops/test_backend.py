@@ -1,5 +1,6 @@
 """Which backend serves the window operations."""
 
+import inspect
 import logging
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from hf_efcp import ops
-from hf_efcp.ops import backend, torch_ops
+from hf_efcp.ops import backend, torch_moments, torch_ops
 
 
 @pytest.fixture
@@ -137,6 +138,15 @@ def test_an_operation_goes_to_the_chosen_backend(chosen, monkeypatch):
     monkeypatch.setattr(torch_ops, "window_dots", lambda *args: args)
     window = (torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1))
     assert ops.window_dots(*window) == window
+
+
+@pytest.mark.parametrize("name", ["numba", "triton"])
+def test_backends_take_the_arguments_of_the_definition(name):
+    module = pytest.importorskip(f"hf_efcp.ops.{name}_ops", reason=f"needs {name}")
+    names = ("accumulate_topk_", "adam_", "push_topk_", "row_dots", "window_combine_", "window_dots")
+    for function in names:
+        definition = getattr(torch_moments if function == "adam_" else torch_ops, function)
+        assert inspect.signature(getattr(module, function)) == inspect.signature(definition), function
 
 
 def test_importing_the_package_does_not_import_numba():

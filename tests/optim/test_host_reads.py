@@ -17,7 +17,7 @@ from hf_efcp.optim.singd_layers import SingdLayers
 
 WAITING = {"_linalg_eigh", "_linalg_svd", "_linalg_check_errors", "nonzero", "masked_select", "equal", "unique"}
 # Steps at which factors or sketches are updated wait once; the cases below take none of them.
-SELDOM = {"update_freq": 1000, "basis_every": 1000, "T": 1000}
+SELDOM = {"update_freq": 1000, "basis_every": 1000, "T": 1000, "warm_steps": 0}
 
 
 class NoWait(TorchDispatchMode):
