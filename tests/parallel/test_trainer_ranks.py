@@ -14,15 +14,15 @@ from hf_efcp.optim.registry import create_optimizer, get_spec, list_optimizers
 
 HERE = Path(__file__).parent
 OPTIONS = {"window": 4, "block_size": 64, "density": 0.1, "rank": 2, "update_freq": 2}
-NAMES = [name for name in list_optimizers() if not get_spec(name).needs_model]
+NAMES = [name for name in list_optimizers() if name != "singd"]  # which is efcp_singd with other defaults
 
 
 def options_of(name):
     return {option: value for option, value in OPTIONS.items() if option in get_spec(name).options()}
 
 
-def launch(*words, names, folder, **environment):
-    """Run a command on the script; what each rank saved."""
+def launch(*words, folder, names=(), script="trainer_script.py", **environment):
+    """Run a command on a script; what each rank saved."""
     folder.mkdir()
     arguments = {
         "OPTIM_ARGS_" + name: ",".join(f"{option}={value}" for option, value in options_of(name).items())
@@ -32,7 +32,7 @@ def launch(*words, names, folder, **environment):
         **os.environ, "OPTIMIZERS": ",".join(names), **arguments, "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE.parent / "cpu_torchvision"), *sys.path]), **environment,
     }  # fmt: skip
-    command = [sys.executable, "-m", *words, str(HERE / "trainer_script.py"), str(folder)]
+    command = [sys.executable, "-m", *words, str(HERE / script), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
@@ -66,12 +66,12 @@ def test_ranks_agree_and_resume_bit_for_bit(plain, name):
 
 @each
 def test_eight_micro_batches_are_one_batch(plain, name):
-    """To the rounding of sums in another order, through Adam's division by a small root."""
+    """To a tenth of the learning rate: sums in another order, divided by the roots of entries that are nearly zero."""
     first = plain[0][0][name]
-    torch.testing.assert_close(first["accumulated"], first["at once"], rtol=0, atol=5e-5)
+    torch.testing.assert_close(first["accumulated"], first["at once"], rtol=0, atol=1e-4)
 
 
-@each
+@pytest.mark.parametrize("name", [name for name in NAMES if not get_spec(name).needs_model])
 def test_rank_0_saves_the_state_of_both(plain, name):
     """The file is one that a single process loads: each parameter's state whole."""
     ranks, folder = plain
@@ -101,3 +101,30 @@ def test_accelerate_launches_what_torchrun_does(plain, tmp_path):
     ranks = launch(*words, "-m", "hf_efcp.run", names=["efcp_mfac"], folder=tmp_path / "out", ACCELERATE_USE_CPU="true")
     assert ranks[0]["trainer"] == "hf_efcp.train.trainer"
     assert_same(ranks[0]["efcp_mfac"]["weights"], plain[0][0]["efcp_mfac"]["weights"])
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """FSDP2 by accelerate, in transformers' own Trainer."""
+    words = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "-m", "hf_efcp.run"]
+    folder = tmp_path_factory.mktemp("sharded") / "out"
+    return launch(*words, "--trainer", "transformers", script="fsdp_script.py", folder=folder)
+
+
+@pytest.mark.parametrize("form", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("name", ["efcp_mfac", "efcp_ggt"])
+def test_fsdp2_resumes_bit_for_bit_from_both_forms_of_checkpoint(sharded, name, form):
+    first, second = (rank[f"{name} {form}"] for rank in sharded)
+    assert_same(second["weights"], first["weights"])
+    assert_same(first["resumed"], first["weights"])
+    assert {first["state"][key] for key in ("indices", "values", "residual", "exp_avg")} == {"DTensor"}
+
+
+def test_fsdp2_refuses_by_name_what_needs_whole_parameters(sharded):
+    for rank in sharded:
+        for name, owner in (
+            ("sketchy_shampoo", "SketchyShampoo"), ("sketchy_adagrad", "SketchyAdaGrad"), ("efcp_singd", "SINGD"),
+            ("efcp_mfac_lowrank", "compression='lowrank'"),
+        ):  # fmt: skip
+            assert owner in rank[name]
+            assert "efcp_mfac" in rank[name]
