@@ -64,13 +64,13 @@ class SparseMethod:
         return is_inside and (step % interval == 0 or (self.gradual and step == last))
 
     def fitted(self, total_steps: int, steps_per_epoch: int) -> SparseMethod:
-        """This method, or where it would never change a thing in so short a run, one that does ten times."""
+        """This method, or where it would never change a thing in so short a run, one that does up to ten times."""
         last = self.last_step(total_steps, steps_per_epoch)
         steps = range(1, last + 1)
         if not self.changes or any(self.is_due(step, total_steps, steps_per_epoch) for step in steps):
             return self
-        tenth = max(1, last // 10)
-        return replace(self, interval=tenth, begin=min(self.begin, tenth))
+        # Not at each step of a very short run: a change may take the place of the optimizer's step.
+        return replace(self, interval=max(5, last // 10), begin=min(self.begin, max(1, last // 10)))
 
     def exchange_rate(self, step: int, last: int) -> float:
         """`ρ(t) = ρ_min + (ρ₀ − ρ_min)(1 + cos(πt/T))/2`."""

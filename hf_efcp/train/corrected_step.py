@@ -165,6 +165,7 @@ class CorrectedStep:
             # There is nothing to correlate with yet: the first period is not corrected.
             self.core.take_snapshot_(step)
             return
+        self.core.full_gradient = {}  # the old one and the new one are never held together
         weight = 1.0
         for _ in range(_TRIES):
             gradient, losses, snapshot_losses = self._full_gradient(evaluate, model, weight)
@@ -174,8 +175,8 @@ class CorrectedStep:
             if self._trainer.accelerator.scaler is None:
                 break
             weight *= _BACK_OFF
-        logger.warning("The full gradient before step %d is not finite; the snapshot stays that of before.", step + 1)
-        self.core.last_refresh = step
+        logger.warning("The full gradient before step %d is not finite; there is no correction for a while.", step + 1)
+        self.core.take_snapshot_(step)
 
     def _full_gradient(
         self, evaluate: Evaluate, model: nn.Module, weight: float
@@ -198,8 +199,9 @@ class CorrectedStep:
                 total = {n: total.get(n, torch.zeros_like(p)) for n, p in core.parameters.items()}
                 total = trainer.accelerator.reduce(total, reduction="mean")
                 losses = trainer.accelerator.reduce(losses, reduction="mean")
-            divisor = self._scale() * weight * len(losses)
-            return {name: value / divisor for name, value in total.items()}, losses[:, 0], losses[:, 1]
+            for value in total.values():
+                value.div_(self._scale() * weight * len(losses))
+            return total, losses[:, 0], losses[:, 1]
 
     def _summed(self, evaluate: Evaluate, model: nn.Module, weight: float) -> tuple[dict[str, Tensor], Tensor]:
         """Σ g_b(θ), scaled as backward passes are, and the losses (M, 2) at θ and at the snapshot."""

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
-from hf_efcp.sparsity import Sparsifier
+from hf_efcp.sparsity import CorrectionOptions, Sparsifier
 from hf_efcp.train import sparse_files
 from hf_efcp.train.adversary import Adversary, make_adversary
 from hf_efcp.train.callbacks import own_optimizer
@@ -52,6 +53,7 @@ class SparseTraining:
         self.sparsifier = self._sparsifier(options, max_steps) if options.sparsity is not None else None
         self.correction = None
         if options.correction is not None:
+            _check_length(trainer, options.correction)
             self.correction = CorrectedStep(
                 trainer, options.correction, self.sparsifier, steps_per_epoch, self._prepared
             )
@@ -217,6 +219,17 @@ class SparseCallback(TrainerCallback):
         if self._training.sparsifier is not None:
             skipped = bool(getattr(optimizer, "step_was_skipped", False))
             self._training.sparsifier.finish_step_(optimizer, skipped=skipped)
+
+
+def _check_length(trainer: Trainer, options: CorrectionOptions) -> None:
+    """Raise `ValueError` where the training data has no length, and a whole epoch of it is asked for."""
+    if has_length(trainer.callback_handler.train_dataloader):
+        return
+    if options.refresh == "epoch" or options.full_grad_batches is None:
+        raise ValueError(
+            "The training data has no length, so no epoch: give `correction_args` a number of steps for `refresh` and "
+            "of batches for `full_grad_batches`, as in refresh=1000,full_grad_batches=50."
+        )
 
 
 def refuse_unsupported(trainer: Trainer, options: SparseOptions) -> None:

@@ -46,6 +46,7 @@ def load_masks(source: str | None) -> dict[str, Tensor] | None:
 
 def save_state(state: dict[str, Any], folder: str) -> None:
     """Write what `load_state` reads."""
+    os.makedirs(folder, exist_ok=True)
     torch.save(state, os.path.join(folder, STATE_NAME))
 
 
@@ -55,7 +56,8 @@ def load_state(folder: str) -> dict[str, Any] | None:
 
 
 def save_random(state: dict[str, Any], folder: str, rank: int) -> None:
-    """Write a process's random state."""
+    """Write a process's random state; it may be here before the first process has made the folder."""
+    os.makedirs(folder, exist_ok=True)
     torch.save(state, os.path.join(folder, random_name(rank)))
 
 

@@ -129,7 +129,7 @@ def test_the_correction_has_no_mean(accumulation, tmp_path, monkeypatch):
     record = Recorder(monkeypatch)
     oracle.make_trainer(
         tmp_path, oracle.Net(), oracle.examples(), gradient_correction="agent", sparsity=0.5,
-        correction_args="coefficient=grad,measure_every=1", gradient_accumulation_steps=accumulation,
+        sparse_method="static", correction_args="coefficient=grad,measure_every=1", gradient_accumulation_steps=accumulation,
     ).train()  # fmt: skip
     periods = {}
     for refreshed, _, old, full in record.calls:
@@ -234,18 +234,17 @@ def test_gradient_checkpointing_changes_nothing(tiny_vit, images, tmp_path):
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-12)
 
 
-def test_batches_without_a_length_need_a_number(tmp_path):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(oracle.examples(64))
-
-    trainer = oracle.make_trainer(
-        tmp_path, oracle.Net(), Stream(), gradient_correction="agent", max_steps=8, logging_steps=1,
-        correction_args="coefficient=fixed,value=0.5,refresh=3,full_grad_batches=2",
-    )  # fmt: skip
-    trainer.train()
-    assert trainer._sparse.correction.core.last_refresh == 6
-    assert trainer.state.log_history[-2]["agent_coefficient"] == 0.5
+def test_workers_are_no_obstacle(tmp_path, monkeypatch):
+    """Persistent ones have a single iterator, which the epoch is using."""
+    record = Recorder(monkeypatch)
+    oracle.make_trainer(
+        tmp_path, oracle.Net(), oracle.examples(), gradient_correction="agent", num_train_epochs=2,
+        correction_args="coefficient=grad,measure_every=1", dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+    ).train()  # fmt: skip
+    assert len(record.calls) == 5
+    for name in record.calls[0][1]:
+        assert sum(full[name] - old[name] for _, _, old, full in record.calls).abs().max() < 1e-12
 
 
 def test_frozen_layers_are_left_out(tmp_path):

@@ -207,3 +207,50 @@ def test_options_before_a_script_reach_its_trainer(tmp_path):
     trainer = oracle.make_trainer(tmp_path, oracle.Net(), oracle.examples(), num_train_epochs=1)
     trainer.train()
     assert trainer._sparse is None
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(oracle.examples(64))
+
+
+def test_streams_are_read_again_for_some_batches(tmp_path):
+    trainer = oracle.make_trainer(
+        tmp_path, oracle.Net(), Stream(), gradient_correction="agent", max_steps=8,
+        correction_args="coefficient=fixed,value=0.5,refresh=3,full_grad_batches=2",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer._sparse.correction.core.last_refresh == 6
+    assert trainer.state.log_history[-2]["agent_coefficient"] == 0.5
+
+
+@pytest.mark.parametrize("given", ["refresh=3", "full_grad_batches=3"])
+def test_streams_have_no_epoch(given, tmp_path):
+    trainer = oracle.make_trainer(
+        tmp_path, oracle.Net(), Stream(), gradient_correction="agent", max_steps=8, correction_args=given
+    )
+    with pytest.raises(ValueError, match=r"has no length.*refresh=1000,full_grad_batches=50"):
+        trainer.train()
+
+
+def test_a_full_gradient_that_is_not_finite_corrects_nothing(tmp_path, caplog):
+    """Until the next refresh; the model trains on."""
+
+    class Fragile(oracle.Net):
+        calls = 0
+
+        def forward(self, x, labels=None):
+            outputs = super().forward(x, labels)
+            self.calls += self.training
+            factor = torch.nan if self.calls == 7 else 1.0  # the second batch of the first pass
+            return {**outputs, "loss": outputs["loss"] * factor}
+
+    trainer = oracle.make_trainer(
+        tmp_path, Fragile(), oracle.examples(), gradient_correction="agent", num_train_epochs=3,
+        correction_args="coefficient=fixed,value=0.5",
+    )  # fmt: skip
+    trainer.train()
+    logged = [entry["agent_coefficient"] for entry in trainer.state.log_history if "agent_coefficient" in entry]
+    assert logged == [0.0] * 10 + [0.5] * 5
+    assert "before step 6 is not finite" in caplog.text
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
