@@ -6,7 +6,7 @@ figures compare optimizers and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ MOBILENET = "mobilenet_v1_0.25_224_imagenet"
 class Images(torch.utils.data.Dataset):
     """Images in bytes, handed out as floats from -1 to 1, so that a data set takes a quarter of the memory."""
 
-    def __init__(self, rows: list[dict[str, Any]], column: str):
-        self.images = torch.stack([torch.from_numpy(np.array(row[column].convert("RGB"))) for row in rows])
-        self.labels = [int(row["label"]) for row in rows]
+    def __init__(self, rows: Iterable[dict[str, Any]], column: str):
+        examples = [(np.array(row[column].convert("RGB")), int(row["label"])) for row in rows]
+        self.images = torch.stack([torch.from_numpy(image) for image, _ in examples])
+        self.labels = [label for _, label in examples]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,14 +39,15 @@ class Images(torch.utils.data.Dataset):
 def flowers(sources: Sources) -> Task:
     """Five kinds of flowers at 128×128 pixels, and MobileNetV1 0.25 with ImageNet's weights."""
     splits = load_dataset(str(sources.data / "flowers5"))
-    return _classified(
-        "flowers5",
-        splits["train"],
-        splits["validation"],
-        "image",
-        lambda: mobilenet(sources.models / MOBILENET),
-        96,
-        16,
+    return Task(
+        name="flowers5",
+        hub_task="image-classification",
+        train=Images(splits["train"], "image"),
+        validation=Images(splits["validation"], "image"),
+        new_model=lambda: mobilenet(sources.models / MOBILENET),
+        steps=96,
+        batch_size=16,
+        learning_rate=1e-3,
     )
 
 
@@ -70,25 +72,18 @@ def cifar10(sources: Sources) -> Task:
         intermediate_size=192,
         num_labels=10,
     )
-    train, validation = (part(splits[name], count) for name, count in (("train", 5000), ("test", 500)))
-    return _classified("CIFAR-10 (part)", train, validation, "img", lambda: ViTForImageClassification(config), 240, 32)
+    return Task(
+        name="CIFAR-10 (part)",
+        hub_task="image-classification",
+        train=Images(part(splits["train"], 5000), "img"),
+        validation=Images(part(splits["test"], 500), "img"),
+        new_model=lambda: ViTForImageClassification(config),
+        steps=240,
+        batch_size=32,
+        learning_rate=5e-4,
+    )
 
 
 def handwriting(_: Sources) -> Task:
     """The demonstration's ViT on handwritten digits."""
     return digits()
-
-
-def _classified(
-    name: str, train: Any, validation: Any, column: str, new_model: Callable[[], PreTrainedModel], steps: int, size: int
-) -> Task:
-    return Task(
-        name=name,
-        hub_task="image-classification",
-        train=Images(list(train), column),
-        validation=Images(list(validation), column),
-        new_model=new_model,
-        steps=steps,
-        batch_size=size,
-        learning_rate=1e-3,
-    )
