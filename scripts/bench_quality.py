@@ -39,6 +39,7 @@ from hf_efcp.optim.optim_args import parse_optim_args
 from hf_efcp.optim.registry import list_optimizers
 
 RESULTS = REPOSITORY / "scripts" / "results"
+PICTURE = REPOSITORY / "scripts" / "figures" / "quality.png"
 RATES = ("grid", "adamw", "own")
 
 
@@ -160,7 +161,7 @@ def main() -> None:
     records = read(options.file)
     print(full_report(records))
     if options.report:
-        draw(records, options.file.with_suffix(".png"))
+        draw(records, PICTURE)
         update_readme(options.report, records)
 
 

@@ -43,6 +43,8 @@ def _losses(axis: Any, records: Sequence[Record], task: str, colors: dict[str, s
             label = optimizer if optimizer == BASELINE else f"{optimizer}, {choice} rate"
             style = "-" if optimizer == BASELINE or choice != "own" else "--"
             axis.plot(result.at, result.curve, style, color=colors[optimizer], label=label, linewidth=1.2)
+    if not axis.lines:
+        axis.text(0.5, 0.5, "not run", ha="center", fontsize=8)
     axis.set_title(task, fontsize=9)
     axis.set_xlabel("step", fontsize=8)
     axis.set_ylabel("validation loss", fontsize=8)

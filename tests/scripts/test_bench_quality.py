@@ -8,11 +8,11 @@ import bench_quality
 import pytest
 import quality_runs
 import torch
-from bench_quality import main
+from bench_quality import RESULTS, main
 from matplotlib.image import imread
 from quality_pictures import draw
-from quality_report import BEGIN, END, study, update_readme
-from quality_runs import Run, find, read
+from quality_report import BEGIN, END, published, study, update_readme
+from quality_runs import REPOSITORY, Run, find, read
 from quality_tables import best, by_rate, gained, per_task, result_of, seconds_to, steps_to, summary, width
 
 from hf_efcp.optim.registry import get_spec
@@ -187,3 +187,9 @@ def test_report_goes_between_the_markers(tmp_path):
     readme.write_text("nothing")
     with pytest.raises(ValueError, match="has no lines"):
         update_readme(readme, [])
+
+
+def test_readme_says_what_the_log_says():
+    """Every figure of the README's quality tables is made from the stored runs."""
+    text = (REPOSITORY / "README.md").read_text()
+    assert text.split(BEGIN)[1].split(END)[0] == published(read(RESULTS / "quality.jsonl"))
