@@ -129,7 +129,8 @@ def test_the_correction_has_no_mean(accumulation, tmp_path, monkeypatch):
     record = Recorder(monkeypatch)
     oracle.make_trainer(
         tmp_path, oracle.Net(), oracle.examples(), gradient_correction="agent", sparsity=0.5,
-        sparse_method="static", correction_args="coefficient=grad,measure_every=1", gradient_accumulation_steps=accumulation,
+        sparse_method="static", correction_args="coefficient=grad,measure_every=1",
+        gradient_accumulation_steps=accumulation,
     ).train()  # fmt: skip
     periods = {}
     for refreshed, _, old, full in record.calls:
