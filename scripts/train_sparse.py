@@ -116,7 +116,7 @@ class NoiseProbe(TrainerCallback):
         buffers = {name: value.clone() for name, value in model.named_buffers()}
         order = torch.randperm(TRAIN, generator=torch.Generator().manual_seed(state.global_step)).tolist()
         with preserved_random_state():
-            for start in range(0, self._batches * BATCH, BATCH):
+            for start in range(0, min(self._batches * BATCH, TRAIN), BATCH):
                 batch = default_data_collator([self._trainer.train_dataset[i] for i in order[start : start + BATCH]])
                 now = self._gradients(model, batch)
                 with correction.core.swapped():

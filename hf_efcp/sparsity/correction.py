@@ -145,7 +145,9 @@ class GradientCorrection:
                 gradient.add_(full, alpha=coefficient * scale)
 
     @torch.no_grad()
-    def combine_(self, gradients: Mapping[str, Tensor], at_snapshot: Mapping[str, Tensor], c: float, scale: float):
+    def combine_(
+        self, gradients: Mapping[str, Tensor], at_snapshot: Mapping[str, Tensor], c: float, scale: float
+    ) -> None:
         """Put `g + c(scale·u − g̃)`, formed in float32 at least, into the parameters' gradients.
 
         Args:
