@@ -15,6 +15,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_efcp import create_optimizer
 from hf_efcp.optim.singd import SINGD
 
 # transformers renames checkpointing, and peft still asks for the old name.
@@ -130,6 +131,17 @@ def test_every_trainable_parameter_moves_and_the_loss_falls(make):
     for name, p in model.named_parameters():
         # Attention's key bias has no influence on a softmax: its gradient is rounding.
         assert torch.equal(p, before[name]) != p.requires_grad, name
+
+
+@MODELS
+@pytest.mark.parametrize("structures", ["dense", "hierarchical2_2"])
+def test_registered_defaults_train_every_model(make, structures):
+    """At a rate that AdamW takes: the loss falls, and all that is trained moves."""
+    model, batch = build(make)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = train(model, create_optimizer("efcp_singd", model, lr=3e-3, structures=structures), batch, 12)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, before[name]) != p.requires_grad for name, p in model.named_parameters())
 
 
 @MODELS
