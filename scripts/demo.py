@@ -157,6 +157,7 @@ def main() -> None:
     baseline = train(task, BASELINE, options)
     ours = train(task, OURS, options)
     ours.trainer.save_model()
+    ours.trainer.save_state()
     ours.trainer.create_model_card(dataset=task.name, tasks=task.hub_task, model_name="digits-vit-efcp")
     curves = options.output_dir / "loss_curves.png"
     plot([baseline, ours], curves)

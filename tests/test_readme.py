@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -68,17 +69,28 @@ def test_blocks_that_are_not_run_are_counted():
     assert {block["kind"] for block in BLOCKS} == {"bash", "python", "console"}
 
 
-@pytest.mark.parametrize("code", runnable("python"), ids=lambda code: code.split("\n")[0])
+OWN_OPTIMIZER = next(code for code in runnable("python") if "register(OptimizerSpec" in code)  # `test_shell` runs it
+
+
+@pytest.mark.parametrize(
+    "code", [c for c in runnable("python") if c != OWN_OPTIMIZER], ids=lambda code: code.split("\n")[0]
+)
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # torch's, without a GPU
 def test_python(code, tmp_path, monkeypatch, capsys):
     """Each block stands alone, given a `model` and a `train_dataset`; those that train change the model."""
     monkeypatch.chdir(tmp_path)
+    if "optuna" in code:
+        pytest.importorskip("optuna")
+        warnings.simplefilter("ignore")  # what optuna says of itself
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     ids = torch.randint(5, 50, (16, 8))
     model = BertForSequenceClassification(config)
     data = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": 0} for row in ids]
     names = {"model": model, "train_dataset": data}
     exec(compile(code, str(README), "exec"), names)
+    if "best" in names:
+        assert names["best"].hyperparameters["window"] in (16, 32, 64)
+        return
     optimizer = names["optimizer"] if "optimizer" in names else names["trainer"].optimizer
     assert own_optimizer(optimizer).state_bytes() > 0
     if "mse_loss" in code:
@@ -89,6 +101,7 @@ def test_python(code, tmp_path, monkeypatch, capsys):
 def test_shell(command, tmp_path):
     """The launcher on a script of a few lines. Each prints the optimizer that it trained with."""
     (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "signum.py").write_text(OWN_OPTIMIZER)
     (tmp_path / "train_no_trainer.py").write_text(TRAIN_NO_TRAINER)
     environment = {
         **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
@@ -98,11 +111,16 @@ def test_shell(command, tmp_path):
         shlex.split(command), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+    if "compare" in command:
+        assert re.search(r"^adamw_torch +[0-9.]+ .*\nefcp_mfac +[0-9.]+ ", done.stdout, re.MULTILINE)
+        assert (tmp_path / "out" / "compare" / "compare.html").is_file()
+        return
     printed = re.findall(r"trained by (.*)", done.stdout)
     assert len(printed) == (2 if "nproc_per_node 2" in command else 1)
-    assert all("'MFAC'" in line for line in printed)
+    name = "Signum" if "signum" in command else "MFAC"
+    assert all(f"'{name}'" in line for line in printed)
     assert ("optim_effective_rank" in done.stdout) == ("--metrics" in command)
-    for name, value in re.findall(r"(window|density)=([0-9.]+)", command):
+    for name, value in re.findall(r"(window|density|momentum)=([0-9.]+)", command):
         assert f"'{name}': {value}" in printed[0]
 
 

@@ -1,6 +1,7 @@
 """Adapters and other trainers: PEFT, TRL, sequence to sequence, timm; each a short run whose loss falls."""
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -95,6 +96,31 @@ def test_options_for_adapters_keep_their_state_small():
             bytes_per_parameter[optim, kind] = optimizer.state_bytes() / trained
     for optim in OPTIMIZERS:
         assert bytes_per_parameter[optim, "advised"] < 0.6 * bytes_per_parameter[optim, "usual"]
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_counts_what_adapters_keep():
+    """The figures of its table, on a model of MiniLM's shape."""
+    peft = pytest.importorskip("peft")
+    shape = BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=6
+    )
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules="all-linear")
+    with torch.device("meta"):
+        model = peft.get_peft_model(BertForSequenceClassification(shape), lora)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"{count:,} parameters | bytes per parameter |" in README
+    for name, options in (
+        ("efcp_mfac", {}), ("efcp_mfac", {"block_size": 1024}), ("sketchy_shampoo", {}),
+        ("sketchy_shampoo", {"one_sided": True}),
+    ):  # fmt: skip
+        optimizer = create_optimizer(name, model, lr=1e-3, **options)
+        optimizer.materialize_state()
+        given = "".join(f" with `{option}={str(value).lower()}`" for option, value in options.items())
+        row = re.search(rf"^\| `{name}`{given}[^|`]*\| ([0-9.]+) \|$", README, re.MULTILINE)
+        assert float(row[1]) == pytest.approx(optimizer.state_bytes() / count, abs=0.011)
 
 
 LORA_SCRIPT = """
