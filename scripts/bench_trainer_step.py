@@ -25,8 +25,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from bench_defaults import BASELINE, minilm
+from quality_rivals import BASELINE
 from tasks import Task, trec
+from text_tasks import minilm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 

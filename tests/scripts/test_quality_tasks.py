@@ -10,11 +10,13 @@ import text_tasks
 import torch
 from quality_rivals import RIVALS, MuonWithAdamW
 from quality_runs import TASKS, Run, find, load_task, train
-from tasks import digits
+from tasks import digits, trec
 from text_tasks import IGNORED, Sources, entity_f1, minilm, part, spans
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
 FOLDERS = {"sst2": "glue", "cola": "glue", "stsb": "glue", "shakespeare": "tinyshakespeare"}
+QUESTIONS = ["who is it", "where is it now", "who was it", "where was it then", "who", "where are they all now"]
 FROM_SCRATCH = ("flowers5", "cifar10", "digits", "shakespeare")
 
 
@@ -112,3 +114,21 @@ def test_a_screen_is_the_beginning_of_the_run():
     assert screen["loss"] == whole["loss"][:3]
     assert find(Run.of("digits", "efcp_mfac", {}, 1e-3, 0, (8, 3)), [screen, whole]) == whole
     assert find(Run.of("digits", "efcp_mfac", {}, 1e-3, 0, (8, 8)), [screen]) is None
+
+
+def test_questions_of_a_folder(tmp_path):
+    words = sorted({word for question in QUESTIONS for word in question.split()})
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path / "model")
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertForSequenceClassification(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(tmp_path / "model")
+    for split in ("train", "test"):
+        rows = [f"{question},{int('where' in question)}" for question in QUESTIONS]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.csv").write_text("\n".join(["text,coarse_label", *rows]))
+    task = trec(tmp_path / "data", tmp_path / "model")
+    assert task.new_model().config.num_labels == 2
+    assert [len(example["input_ids"]) for example in task.validation] == [3, 5, 5, 6, 6, 7]  # [CLS] and [SEP] besides
+    record = train(Run.of("trec", "adamw_torch", {}, 2e-4, 0, (8, 2)), task)
+    assert record["at"] == [1, 2]
+    assert record["metric"][1] in [pytest.approx(right / 6, abs=1e-4) for right in range(7)]
