@@ -109,6 +109,14 @@ class WindowOptimizer(EfcpOptimizer):
     def _is_divided(self) -> bool:
         return self._segments is not None and self._segments.sharing.kind == "replicated"
 
+    def own_entries(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """What a tensor of a parameter's shape has for the entries of its moments in `state[parameter]`."""
+        for segment in self._segments or ():
+            for piece in segment.owned.pieces:
+                if segment.params[piece.number] is parameter and not piece.whole:
+                    return tensor.reshape(-1)[piece.start : piece.stop]
+        return tensor
+
     def _join_state(self, keeps: bool) -> dict[Tensor, dict[str, Tensor]] | None:
         first = self._parameters()[0]
         whole = whole_states(self._segments, self._state_device(first), keeps)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -72,6 +73,13 @@ def maskable_parameters(
     if not found:
         raise ValueError(f"{type(model).__name__} has no parameter to mask; `include` takes patterns of their names.")
     return found
+
+
+def entries_of(optimizer: Any, parameter: Tensor, mask: Tensor) -> Tensor:
+    """The part of the mask whose state this rank has: all, unless an optimizer of several ranks divides it."""
+    while not hasattr(optimizer, "own_entries") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer.own_entries(parameter, mask) if hasattr(optimizer, "own_entries") else mask
 
 
 def _usual(model: nn.Module, parameters: dict[str, nn.Parameter]) -> set[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_efcp.sparsity.distribution import nonzero_counts
-from hf_efcp.sparsity.maskable import Maskable, maskable_parameters
+from hf_efcp.sparsity.maskable import Maskable, entries_of, maskable_parameters
 from hf_efcp.sparsity.masks import grown, largest, pack, pruned, random_scores, unpack
 from hf_efcp.sparsity.methods import SparseMethod, sparse_method
 from hf_efcp.sparsity.redistribution import redistributed
@@ -187,8 +187,9 @@ class Sparsifier:
                 continue
             kept = mask & ~born[layer.name] if born and layer.name in born else mask
             for name, value in optimizer.state.get(layer.parameter, {}).items():
-                if name in MOMENTS and isinstance(value, Tensor) and value.shape == mask.shape:
-                    value.mul_(kept.to(value.device))
+                there = entries_of(optimizer, layer.parameter, kept)
+                if name in MOMENTS and isinstance(value, Tensor) and value.shape == there.shape:
+                    value.mul_(there.to(value.device))
 
     # ---- a change of the topology
 

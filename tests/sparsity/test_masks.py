@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from hf_efcp import create_optimizer
+from hf_efcp.parallel import planned
 from hf_efcp.sparsity import Sparsifier, maskable_parameters, nonzero_counts
 from hf_efcp.sparsity.allocation import allocate
 from hf_efcp.sparsity.maskable import Maskable
@@ -234,3 +236,17 @@ def test_masks_of_a_sparse_model_are_its_own():
     assert torch.equal(sparsifier.masks["weight"], model.weight != 0)
     with pytest.raises(ValueError, match="the model has sparsity"):
         Sparsifier(model, 0.9, "static", initial="zeros")
+
+
+def test_moments_of_a_part_of_a_parameter_are_masked():
+    """As a rank of several has them."""
+    model = nn.Linear(8, 8, bias=False)
+    optimizer = create_optimizer("efcp_mfac", model, lr=0.1, block_size=8, window=2)
+    with planned(2):
+        optimizer._adopt_state()
+    moment = optimizer.state[model.weight]["exp_avg"]
+    assert moment.shape == (32,)
+    moment.fill_(1)
+    sparsifier = Sparsifier(model, 0.5, "static")
+    sparsifier.apply_(optimizer)
+    assert torch.equal(moment.bool(), sparsifier.masks["weight"].view(-1)[:32])
