@@ -99,6 +99,8 @@ def draw(runs: Sequence[Run], file: Path) -> Path:
                     by_noise.plot(at, [f["ratio"] for f in run["noise"]], **style)
                     best = "best coefficient" if number == 0 else None
                     by_noise.plot(at, [f["best_ratio"] for f in run["noise"]], "k:", alpha=0.5, label=best)
+        if max((f["ratio"] for run in of(runs, sparsity, "agent") for f in run["noise"]), default=1) > 3:
+            by_noise.set_yscale("log")
         by_noise.axhline(1, color="grey", linewidth=0.8)
         titles = {by_epoch: "epoch", by_passes: "forward passes (a backward pass is two)", by_noise: "epoch"}
         for axis, title in titles.items():
