@@ -88,12 +88,13 @@ class Run:
         return cls(task, optimizer, settings, float(f"{learning_rate:.6g}"), seed, steps, min(stop, steps))
 
     @property
-    def default_settings(self) -> dict[str, Any]:
-        return json.loads(Run.of(self.task, self.optimizer, {}, 1.0, 0, (1, 1)).settings)
-
-    @property
     def is_default(self) -> bool:
-        return json.loads(self.settings) == self.default_settings
+        return json.loads(self.settings) == default_settings(self.optimizer)
+
+
+def default_settings(optimizer: str) -> dict[str, Any]:
+    """Every option at today's default; none of an optimizer that is not this package's."""
+    return json.loads(Run.of("", optimizer, {}, 1.0, 0, (1, 1)).settings)
 
 
 class Watch(TrainerCallback):
@@ -203,7 +204,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 def find(run: Run, records: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The record of `run`, or of a longer one with the same schedule."""
     key = {name: getattr(run, name) for name in ("task", "optimizer", "learning_rate", "seed", "steps")}
-    settings, usual = json.loads(run.settings), run.default_settings
+    settings, usual = json.loads(run.settings), default_settings(run.optimizer)
     same = [
         record
         for record in records

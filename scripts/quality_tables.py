@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from quality_rivals import BASELINE
-from quality_runs import TASKS
+from quality_runs import TASKS, default_settings
 
 Record = Mapping[str, Any]
 OURS = ("efcp_mfac", "sketchy_shampoo", "efcp_ggt", "efcp_singd", "sketchy_adagrad")
@@ -62,22 +62,29 @@ def _losses(record: Record) -> list[float]:
     return [math.inf if loss is None else loss for loss in record["loss"]]
 
 
-def whole(records: Iterable[Record]) -> list[Record]:
-    """The runs that went to the end of their schedule at the optimizer's defaults, or a rival's."""
-    return [record for record in records if record["stop"] == record["steps"] and record["defaults"]]
+def whole(records: Sequence[Record]) -> list[Record]:
+    """The runs that went to the end of their schedule, each optimizer's at one set of defaults."""
+    ended = [record for record in records if record["stop"] == record["steps"]]
+    return [record for name in dict.fromkeys(r["optimizer"] for r in ended) for record in at_defaults(ended, name)]
 
 
-def newest(records: Sequence[Record], optimizer: str) -> list[Record]:
-    """Those of `optimizer` that ran at the defaults of its last record: defaults change, and runs of two do not mix."""
+def at_defaults(records: Sequence[Record], optimizer: str) -> list[Record]:
+    """Those of `optimizer` at today's defaults; where there are none, at the defaults of its last record with such.
+
+    An option that came after a record ran as its default does now.
+    """
     own = [record for record in records if record["optimizer"] == optimizer]
-    return [record for record in own if record["settings"] == own[-1]["settings"]]
+    usual = default_settings(optimizer)
+    today = [record for record in own if {**usual, **record["settings"]} == usual]
+    older = [record for record in own if record["defaults"]]
+    return today or [record for record in older if record["settings"] == older[-1]["settings"]]
 
 
 def by_rate(records: Sequence[Record], task: str, optimizer: str) -> dict[float, Result]:
     """Results by learning rate, ascending."""
     found: dict[float, list[Record]] = {}
-    for record in newest(whole(records), optimizer):
-        if record["task"] == task:
+    for record in whole(records):
+        if record["task"] == task and record["optimizer"] == optimizer:
             found.setdefault(record["learning_rate"], []).append(record)
     return {rate: Result(tuple(sorted(found[rate], key=lambda r: r["seed"]))) for rate in sorted(found)}
 

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from quality_pictures import draw
 from quality_report import BEGIN, END, published, study, update_readme
 from quality_runs import REPOSITORY, Run, find, read
-from quality_tables import best, by_rate, gained, per_task, result_of, seconds_to, steps_to, summary, width
+from quality_tables import best, by_rate, gained, per_task, result_of, seconds_to, steps_to, summary, whole, width
 
 from hf_efcp.optim.registry import get_spec
 
@@ -149,6 +149,17 @@ def test_runs_of_older_defaults_do_not_mix_with_newer():
     runs = [record("efcp_mfac", settings={"window": 16}, seed=1), record("efcp_mfac", settings={"window": 32})]
     (result,) = by_rate(runs, "digits", "efcp_mfac").values()
     assert result.records == (runs[1],)
+
+
+def test_a_variant_that_became_the_default_counts():
+    """It was recorded as a variant; what its settings are today decides."""
+    window = get_spec("efcp_mfac").options()["window"][1]
+    runs = [
+        record("efcp_mfac", settings={"window": window}, defaults=False),
+        record("efcp_mfac", settings={"window": 7}),
+    ]
+    assert whole(runs) == runs[:1]
+    assert whole(runs[1:]) == runs[1:]
 
 
 def test_tables_name_every_task():
