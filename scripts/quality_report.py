@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quality_rivals import BASELINE
-from quality_runs import TASKS
+from quality_runs import TASKS, default_settings
 from quality_tables import NEVER, OURS, Record, entries, markdown, per_task, summary, task_table, whole
 
 BEGIN, END = "<!-- made by scripts/bench_quality.py -->\n", "<!-- end -->\n"
@@ -31,6 +31,7 @@ def published(records: Sequence[Record]) -> str:
         "Lowest validation loss; metric at the last step in points (accuracy, or Matthews' correlation for CoLA, "
         "Pearson's for STS-B, F1 of entities for WNUT-17), mean ± standard deviation over the seeds in brackets:",
         *tables,
+        *studies(records),
     ]) + "\n"  # fmt: skip
 
 
@@ -46,11 +47,23 @@ def update_readme(path: Path, records: Sequence[Record]) -> None:
 def full_report(records: Sequence[Record]) -> str:
     """Summary, losses at all evaluated steps by learning rate, and the study of single options."""
     used = whole(records)
-    ours = dict.fromkeys(record["optimizer"] for record in records if record["settings"])
     parts = [summary(records)] if used else []
     parts += [task_table(records, task) for task in TASKS if any(record["task"] == task for record in used)]
-    parts += [table for name in ours if (table := study(records, name))]
+    parts += studies(records)
     return "\n\n".join(parts) or "no finished run"
+
+
+def studies(records: Sequence[Record]) -> list[str]:
+    """The study of single options of each optimizer, with what its figures are; empty where none was run."""
+    ours = dict.fromkeys(record["optimizer"] for record in records if record["settings"])
+    tables = [table for name in ours if (table := study(records, name))]
+    if not tables:
+        return []
+    return [
+        "Options beside the defaults: last validation loss over that of the defaults, same task, learning rate and "
+        "seed; the number of pairs in brackets, and below 1 the option is better:",
+        *tables,
+    ]
 
 
 def study(records: Sequence[Record], optimizer: str) -> str:
@@ -59,13 +72,14 @@ def study(records: Sequence[Record], optimizer: str) -> str:
     Each cell is the mean of these ratios and the number of pairs; below 1 the option is the better.
     """
     own = [record for record in records if record["optimizer"] == optimizer]
+    today = default_settings(optimizer)  # what a record older than an option ran with
     usual = {_circumstances(record): record for record in own if record["defaults"]}
     ratios: dict[str, dict[str, list[float]]] = {}
     for record in own:
         base = usual.get(_circumstances(record))
         if base is None or record["defaults"]:
             continue
-        changed = {k: v for k, v in record["settings"].items() if base["settings"].get(k) != v}
+        changed = {k: v for k, v in record["settings"].items() if {**today, **base["settings"]}.get(k) != v}
         loss, reference = record["loss"][-1], base["loss"][base["at"].index(record["at"][-1])]
         ratio = math.inf if loss is None or reference is None else loss / reference
         label = ",".join(f"{name}={value}" for name, value in changed.items())
