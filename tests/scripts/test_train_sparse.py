@@ -6,7 +6,6 @@ import pytest
 import sparse_report
 import torch
 import train_sparse
-from transformers.utils import logging
 
 
 def known(arm, accuracy, seed=0, noise=()):
@@ -52,10 +51,8 @@ def test_runs_go_on_where_they_ended(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(train_sparse, name, value)
     file = tmp_path / "runs.jsonl"
     words = ["--file", str(file), "--sparsities", "0.9", "--seeds", "0", "--epochs", "2"]
-    verbosity = logging.get_verbosity()
     train_sparse.main([*words, "--arms", "agent", "longer"])
     train_sparse.main(words)
-    logging.set_verbosity(verbosity)
     runs = [json.loads(line) for line in file.read_text().splitlines()]
     assert [run["arm"] for run in runs] == ["agent", "longer", "rigl"]
     agent, longer, _ = runs

@@ -173,6 +173,7 @@ def test_the_trainer_overrides_little():
         "push_to_hub",
         "_push_from_checkpoint",
         "__init__",
+        "train",
         "_prepare_for_training",
         "training_step",
         "log",
