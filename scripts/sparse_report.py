@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-LABELS = {"rigl": "RigL", "agent": "RigL + AGENT", "longer": "RigL, for AGENT's compute"}
-COLORS = {"rigl": "tab:blue", "agent": "tab:orange", "longer": "tab:green"}
+LABELS = {
+    "rigl": "RigL",
+    "agent": "RigL + AGENT",
+    "spared": "RigL + AGENT, grown weights spared",
+    "longer": "RigL, for AGENT's compute",
+}
+COLORS = {"rigl": "tab:blue", "agent": "tab:orange", "spared": "tab:red", "longer": "tab:green"}
+CORRECTED = ("agent", "spared")
 Run = dict[str, Any]
 
 
@@ -32,7 +38,7 @@ def epochs_to(run: Run, accuracy: float) -> int | None:
 def passes_at(run: Run, epoch: int) -> float:
     """Forward passes over a batch up to the end of an epoch."""
     steps = run["steps"]
-    return steps * (3 * epoch + 7 * (epoch - 1)) if run["arm"] == "agent" else steps * 3 * epoch
+    return steps * (3 * epoch + 7 * (epoch - 1)) if run["arm"] in CORRECTED else steps * 3 * epoch
 
 
 def reached(runs: Sequence[Run], rivals: Sequence[Run]) -> str:
@@ -66,14 +72,21 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def noise(runs: Sequence[Run]) -> str:
-    """Variance ratios of the corrected to the plain gradient, epoch by epoch; Markdown."""
-    lines = ["| sparsity | epoch | c | variance ratio | best c | ratio at best c |", "|---|---|---|---|---|---|"]
+    """Variance ratios of the corrected to the plain gradient, epoch by epoch; median and largest; Markdown.
+
+    The last column is the share of the snapshot's variance that is at weights which are 0 there.
+    """
+    columns = "c | variance ratio, median | largest | ratio at best c | share at zeros"
+    lines = [f"| sparsity | method | epoch | {columns} |", "|---|---|---|---|---|---|---|---|"]
     for sparsity in sorted({run["sparsity"] for run in runs}):
-        figures = [f for run in of(runs, sparsity, "agent") for f in run["noise"]]
-        for epoch in sorted({round(f["epoch"], 2) for f in figures}):
-            here = [f for f in figures if round(f["epoch"], 2) == epoch]
-            columns = [spread([f[k] for f in here], 3) for k in ("c", "ratio", "best_c", "best_ratio")]
-            lines.append(f"| {sparsity:g} | {epoch:g} | {' | '.join(columns)} |")
+        for arm in CORRECTED:
+            figures = [f for run in of(runs, sparsity, arm) for f in run["noise"]]
+            for epoch in sorted({round(f["epoch"], 2) for f in figures}):
+                here = {k: [f[k] for f in figures if round(f["epoch"], 2) == epoch] for k in figures[0]}
+                middle = {k: f"{statistics.median(values):.3f}" for k, values in here.items()}
+                largest = f"{max(here['ratio']):.3f}"
+                row = middle["c"], middle["ratio"], largest, middle["best_ratio"], middle["at_zeros"]
+                lines.append(f"| {sparsity:g} | {LABELS[arm]} | {epoch:g} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
@@ -97,9 +110,10 @@ def draw(runs: Sequence[Run], file: Path) -> Path:
                 if run["noise"]:
                     at = [f["epoch"] for f in run["noise"]]
                     by_noise.plot(at, [f["ratio"] for f in run["noise"]], **style)
-                    best = "best coefficient" if number == 0 else None
-                    by_noise.plot(at, [f["best_ratio"] for f in run["noise"]], "k:", alpha=0.5, label=best)
-        if max((f["ratio"] for run in of(runs, sparsity, "agent") for f in run["noise"]), default=1) > 3:
+                    best = f"{label}, best coefficient" if number == 0 else None
+                    dotted = {**style, "linestyle": ":", "label": best}
+                    by_noise.plot(at, [f["best_ratio"] for f in run["noise"]], **dotted)
+        if max((f["ratio"] for run in runs if run["sparsity"] == sparsity for f in run["noise"]), default=1) > 3:
             by_noise.set_yscale("log")
         by_noise.axhline(1, color="grey", linewidth=0.8)
         titles = {by_epoch: "epoch", by_passes: "forward passes (a backward pass is two)", by_noise: "epoch"}

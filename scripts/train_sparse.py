@@ -7,7 +7,8 @@
 A fixed subset, images halved to 16×16, so a run takes a minute or a few on one core. Each finished run is a JSON line
 of `--file`; one that stands there is not run again. Compute is counted in forward passes over a batch, a backward pass
 as two: RigL takes 3 for a batch, AGENT 6, and for the full gradient and the losses at the old snapshot 4 more from the
-second epoch on. `longer` is RigL trained for as many passes as AGENT took, its schedules stretched alike.
+second epoch on. `longer` is RigL trained for as many passes as AGENT took, its schedules stretched alike. `spared` is
+AGENT that leaves weights alone which are 0 at the snapshot (`correct_grown=False`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from hf_efcp.train import EfcpTrainer, EfcpTrainingArguments
 from hf_efcp.train.random_state import preserved_random_state
 from hf_efcp.train.run_record import hardware
 
-ARMS = ("rigl", "agent", "longer")
+ARMS = ("rigl", "agent", "spared", "longer")
+CORRECTED = ("agent", "spared")
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAIN, TEST, BATCH = 4000, 2000, 64
 INTERVAL = 30  # steps between changes of the masks; published for runs a hundred times as long: 100
@@ -112,7 +114,7 @@ class NoiseProbe(TrainerCallback):
         correction = self._trainer._sparse.correction
         if state.global_step % self._steps_per_epoch != self._steps_per_epoch // 2 or not correction.core.full_gradient:
             return
-        probe, model = VarianceProbe(), self._trainer.model
+        probe, at_zeros, model = VarianceProbe(), VarianceProbe(), self._trainer.model
         buffers = {name: value.clone() for name, value in model.named_buffers()}
         order = torch.randperm(TRAIN, generator=torch.Generator().manual_seed(state.global_step)).tolist()
         with preserved_random_state():
@@ -122,10 +124,12 @@ class NoiseProbe(TrainerCallback):
                 with correction.core.swapped():
                     old = self._gradients(model, batch)
                 probe.add(now, old)
+                at_zeros.add(now, {name: g * (correction.core.snapshot[name] == 0) for name, g in old.items()})
         model.load_state_dict(buffers, strict=False)
         c = correction.coefficient
         figures = {"epoch": state.epoch, "c": c, "ratio": probe.ratio(c), "best_c": probe.best()}
-        self.figures.append({**figures, "best_ratio": probe.ratio(probe.best())})
+        shares = {"best_ratio": probe.ratio(probe.best()), "at_zeros": at_zeros.traces()[1] / probe.traces()[1]}
+        self.figures.append({**figures, **shares})
 
     def _gradients(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         names, weights = zip(*model.named_parameters(), strict=True)
@@ -136,7 +140,7 @@ class NoiseProbe(TrainerCallback):
 
 def passes(arm: str, epochs: int, steps: int) -> int:
     """Forward passes over a batch, a backward pass as two."""
-    return steps * (3 * epochs + 7 * (epochs - 1) if arm == "agent" else 3 * epochs)
+    return steps * (3 * epochs + 7 * (epochs - 1) if arm in CORRECTED else 3 * epochs)
 
 
 def run(arm: str, sparsity: float, seed: int, epochs: int, data: tuple[list, list], folder: Path) -> dict[str, Any]:
@@ -151,7 +155,8 @@ def run(arm: str, sparsity: float, seed: int, epochs: int, data: tuple[list, lis
         per_device_eval_batch_size=500, report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False, logging_strategy="epoch", sparsity=sparsity, sparse_method="rigl",
         sparse_args={"interval": INTERVAL * trained // epochs},
-        gradient_correction="agent" if arm == "agent" else None,
+        gradient_correction="agent" if arm in CORRECTED else None,
+        correction_args={"correct_grown": False} if arm == "spared" else None,
     )  # fmt: skip
     sgd = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
     trainer = EfcpTrainer(
@@ -160,7 +165,7 @@ def run(arm: str, sparsity: float, seed: int, epochs: int, data: tuple[list, lis
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     probe = NoiseProbe(trainer, steps)
-    if arm == "agent":
+    if arm in CORRECTED:
         trainer.add_callback(probe)
     result = trainer.train()
     log = trainer.state.log_history
@@ -198,7 +203,8 @@ def main(argv: Iterable[str] | None = None) -> None:
     logging.set_verbosity_error()
     options.file.parent.mkdir(parents=True, exist_ok=True)
     done = {(r["arm"], r["sparsity"], r["seed"], r["of"]) for r in finished(options.file)}
-    wanted = [(a, s, n, options.epochs) for s in options.sparsities for n in options.seeds for a in options.arms]
+    arms = [arm for arm in ARMS if arm in options.arms]
+    wanted = [(a, s, n, options.epochs) for n in options.seeds for s in options.sparsities for a in arms]
     missing = [] if options.report else [key for key in wanted if key not in done]
     data = (load(options.data, "train", TRAIN), load(options.data, "test", TEST)) if missing else None
     for key in missing:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ class CorrectionOptions:
         refresh: when the snapshot and its full gradient are taken: every `epoch`, or a number of steps.
         full_grad_batches: optimizer steps' batches that the full gradient is averaged over; by default a whole epoch.
         measure_every: see `coefficient`.
+        correct_grown: correct weights of masked layers that are 0 at the snapshot too, as published. Where a channel
+            before a norm is all 0 there, the norm divides by √eps, and the snapshot's gradients of weights that have
+            grown in it since are hundreds of times too large; `False` leaves such weights as they are until the next
+            snapshot.
 
     Raises:
         ValueError: a value out of range.
@@ -46,6 +51,7 @@ class CorrectionOptions:
     refresh: int | str = "epoch"
     full_grad_batches: int | None = None
     measure_every: int = 10
+    correct_grown: bool = True
 
     def __post_init__(self):
         if self.coefficient not in COEFFICIENTS:
@@ -58,6 +64,8 @@ class CorrectionOptions:
             raise ValueError(f"`measure_every` must be at least 1, got {self.measure_every!r}.")
         if not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
             raise ValueError(f"`value` must be a finite number, got {self.value!r}.")
+        if not isinstance(self.correct_grown, bool):
+            raise TypeError(f"`correct_grown` must be true or false, got {self.correct_grown!r}.")
         self.slope()  # checks the others
 
     def slope(self) -> AgentCoefficient:
@@ -76,9 +84,10 @@ class GradientCorrection:
     Args:
         model: whose trainable parameters are corrected, and whose buffers (running statistics) are kept.
         options: see `CorrectionOptions`.
+        masked: names of the parameters that have masks.
     """
 
-    def __init__(self, model: nn.Module, options: CorrectionOptions):
+    def __init__(self, model: nn.Module, options: CorrectionOptions, masked: Iterable[str] = ()):
         self.options = options
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.slope = options.slope()
@@ -86,6 +95,7 @@ class GradientCorrection:
         self.full_gradient: dict[str, Tensor] = {}  # u; parameters without a gradient are missing
         self.last_refresh: int | None = None  # step before which θ̃ was taken
         self._model = model
+        self._spared = () if options.correct_grown else tuple(masked)  # whose weights of 0 are left alone
         self._covariance, self._variance = 0.0, 0.0  # running sums of `grad`
 
     def coefficient(self, progress: float = 0.0) -> float:
@@ -105,14 +115,20 @@ class GradientCorrection:
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """The module holds θ̃ inside, and its own weights and buffers again afterwards, whatever happens."""
+        """The module holds θ̃ inside, and its own weights and buffers again afterwards, whatever happens.
+
+        Gradients that are taken inside are 0 where `correct_grown` says that nothing is corrected.
+        """
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
         live = {name: p.data for name, p in self.parameters.items()}
+        hooks = [self.parameters[n].register_hook(partial(_where_nonzero, self.snapshot[n])) for n in self._spared]
         try:
             for name, p in self.parameters.items():
                 p.data = self.snapshot[name]
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for name, p in self.parameters.items():
                 p.data = live[name]
             with torch.no_grad():
@@ -135,6 +151,9 @@ class GradientCorrection:
             self.slope.update(losses, snapshot_losses)
         self.take_snapshot_(step)
         self.full_gradient = dict(gradient)
+        for name in self._spared:
+            if name in self.full_gradient:
+                self.full_gradient[name] = _where_nonzero(self.snapshot[name], self.full_gradient[name])
 
     @torch.no_grad()
     def add_full_gradient_(self, coefficient: float, scale: float = 1.0) -> None:
@@ -210,6 +229,10 @@ class GradientCorrection:
         self.last_refresh = state["last_refresh"]
         self._covariance, self._variance = state["sums"]
         self.slope.load_state_dict(state)
+
+
+def _where_nonzero(weight: Tensor, gradient: Tensor) -> Tensor:
+    return gradient * (weight != 0)
 
 
 def _is_count(value: Any) -> bool:

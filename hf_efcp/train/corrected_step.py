@@ -52,7 +52,7 @@ class CorrectedStep:
         self._trainer, self._sparsifier, self._prepare = trainer, sparsifier, prepare
         self._steps_per_epoch = steps_per_epoch
         self._model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        self.core = GradientCorrection(self._model, options)
+        self.core = GradientCorrection(self._model, options, sparsifier.masks if sparsifier else ())
         self.epoch_state = random_state()  # of the generators when the epoch began
         self.coefficient = 0.0  # of the step that is being taken
         self._apart = self._measures = False

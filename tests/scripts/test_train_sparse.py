@@ -26,7 +26,7 @@ def test_compute_is_counted_in_passes():
 
 
 def test_the_table_says_when_an_accuracy_is_reached():
-    noise = [{"epoch": 1.5, "c": 0.05, "ratio": 0.9, "best_c": 0.8, "best_ratio": 0.4}]
+    noise = [{"epoch": 1.5, "c": 0.05, "ratio": 0.9, "best_c": 0.8, "best_ratio": 0.4, "at_zeros": 0.25}]
     runs = [
         known("rigl", [0.3, 0.5]), known("rigl", [0.3, 0.4], 1),
         known("agent", [0.3, 0.5], noise=noise), known("agent", [0.3, 0.39], 1),
@@ -36,11 +36,11 @@ def test_the_table_says_when_an_accuracy_is_reached():
     assert "| 0.9 | RigL | 2 | 2 | 60 | 45.0 ± 7.1 | 45.0 ± 7.1 | 2.0 epochs, 60 passes (2 of 2) |" in table
     assert "| 0.9 | RigL + AGENT | 2 | 2 | 130 | 44.5 ± 7.8 | 44.5 ± 7.8 | 2.0 epochs, 130 passes (1 of 2) |" in table
     assert "2.5 epochs, 75 passes (2 of 2)" in table
-    assert "| 0.9 | 1.5 | 0.050 ± 0.000 | 0.900 ± 0.000 | 0.800 ± 0.000 | 0.400 ± 0.000 |" in table
+    assert "| 0.9 | RigL + AGENT | 1.5 | 0.050 | 0.900 | 0.900 | 0.400 | 0.250 |" in table
 
 
 def test_runs_go_on_where_they_ended(tmp_path, monkeypatch, capsys):
-    """Three tiny runs, then none again; the corrected one measured its noise, and the long one took its passes."""
+    """Four tiny runs, then none again; the corrected one measured its noise, and the long one took its passes."""
 
     def load(data, split, count):
         pixels = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -51,15 +51,18 @@ def test_runs_go_on_where_they_ended(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(train_sparse, name, value)
     file = tmp_path / "runs.jsonl"
     words = ["--file", str(file), "--sparsities", "0.9", "--seeds", "0", "--epochs", "2"]
-    train_sparse.main([*words, "--arms", "agent", "longer"])
+    train_sparse.main([*words, "--arms", "agent", "longer", "spared"])
     train_sparse.main(words)
     runs = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [run["arm"] for run in runs] == ["agent", "longer", "rigl"]
-    agent, longer, _ = runs
+    assert [run["arm"] for run in runs] == ["agent", "spared", "longer", "rigl"]
+    agent, spared, longer, _ = runs
     assert longer["epochs"] == round(agent["passes"] / (3 * 4)) == 4
     assert all(run["density"] == pytest.approx(0.1, abs=1e-4) for run in runs)
     assert all(len(run["accuracy"]) == run["epochs"] for run in runs)
-    (noise,) = agent["noise"]
-    assert noise["ratio"] >= noise["best_ratio"]
+    for run in (agent, spared):
+        (noise,) = run["noise"]
+        assert noise["ratio"] >= noise["best_ratio"]
+        assert 0 <= noise["at_zeros"] <= 1
+    assert noise["at_zeros"] == 0
     assert (tmp_path / "runs.png").stat().st_size > 10_000
     assert "RigL, for AGENT's compute" in capsys.readouterr().out

@@ -163,3 +163,51 @@ def test_swapping_puts_everything_back_after_an_error():
         fail()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model[0].weight.data_ptr() == storage
+
+
+def dead_channel():
+    """A layer before a batch norm whose first channel is 0 at the snapshot and has grown since; data; its core."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3, bias=False), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    with torch.no_grad():
+        model[0].weight[0] = 0
+    cores = [GradientCorrection(model, CorrectionOptions(correct_grown=grown), ["0.weight"]) for grown in (True, False)]
+    for core in cores:
+        core.take_snapshot_(0)
+    with torch.no_grad():
+        model[0].weight[0] = torch.randn(5)
+    return model, torch.randn(16, 5), cores
+
+
+def test_weights_that_were_zero_may_be_spared():
+    """Behind a norm their gradients at the snapshot are some 1/√eps times too large; others are the same to the bit."""
+    model, x, cores = dead_channel()
+    gradients = []
+    for core in cores:
+        with core.swapped():
+            gradients.append(torch.autograd.grad(model(x).square().sum(), list(core.parameters.values())))
+    corrected, spared = (dict(zip(cores[0].parameters, g, strict=True)) for g in gradients)
+    live = torch.autograd.grad(model(x).square().sum(), model[0].weight)[0]
+    assert corrected["0.weight"][0].norm() > 30 * live[0].norm()
+    assert not spared["0.weight"][0].any()
+    assert torch.equal(spared["0.weight"][1:], corrected["0.weight"][1:])
+    assert all(torch.equal(spared[name], corrected[name]) for name in spared if name != "0.weight")
+
+
+def test_spared_weights_have_no_full_gradient_either():
+    """So `u − g̃` is 0 there, and the gradient is the plain one; no hook stays behind."""
+    model, x, (_, core) = dead_channel()
+    with torch.no_grad():
+        model[0].weight[0] = 0
+    core.refresh_(1, {n: torch.ones_like(p) for n, p in core.parameters.items()}, torch.ones(2), torch.ones(2))
+    assert not core.full_gradient["0.weight"][0].any()
+    assert all(bool(full[-1].all()) for full in core.full_gradient.values())
+    with core.swapped():
+        pass
+    model(x).sum().backward()
+    assert model[0].weight.grad[0].any()
+
+
+def test_whether_grown_weights_are_corrected_is_true_or_false():
+    with pytest.raises(TypeError, match="`correct_grown` must be true or false, got 'no'"):
+        CorrectionOptions(correct_grown="no")
