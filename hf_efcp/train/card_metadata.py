@@ -56,14 +56,19 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def base_model_id(finetuned_from: str | None, model: torch.nn.Module) -> str | None:
-    """The Hub id of the weights that training started from, where they demonstrably came from the Hub."""
+    """The Hub id of the weights that training started from; `None` where they came from a folder.
+
+    A folder that is gone by now looks like an id. What is told apart by it: an id that was downloaded has a commit or
+    stands in the cache, and the first part of a path is often a folder that is still here.
+    """
     config = getattr(model, "config", None)
     name = finetuned_from or getattr(config, "_name_or_path", None)
-    if not is_hub_id(name):
+    if name is None or not is_hub_id(name):
         return None
-    # A folder that is gone by now looks like an id; what was downloaded has a commit or stands in the cache.
-    downloaded = getattr(config, "_commit_hash", None) or isinstance(try_to_load_from_cache(name, "config.json"), str)
-    return name if downloaded else None
+    if getattr(config, "_commit_hash", None) or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return name
+    organisation, slash, _ = name.partition("/")
+    return name if slash and not os.path.exists(organisation) else None
 
 
 def known_data_sets(

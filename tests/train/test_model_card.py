@@ -177,7 +177,10 @@ def test_card_without_training_has_no_figures(trainer, card, monkeypatch):
     ("given", "commit", "expected"),
     [
         ("google/vit-base-patch16-224", "f00", "google/vit-base-patch16-224"),
-        ("out/a-folder-that-is-gone", None, None),  # looks like an id, was never downloaded
+        ("google/vit-base-patch16-224", None, "google/vit-base-patch16-224"),
+        ("tests/a-folder-that-is-gone", None, None),  # looks like an id, but `tests` is a folder here
+        ("a-folder-that-is-gone", None, None),
+        ("gpt2", "f00", "gpt2"),
         ("/home/somebody/vit", "f00", None),
         ("tests/train", "f00", None),  # exists here
         (None, None, None),
