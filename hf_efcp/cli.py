@@ -171,6 +171,8 @@ def _compare(arguments: argparse.Namespace) -> str:
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
     except ValueError:
         raise ValueError(f"`--seeds` must be whole numbers such as 0,1,2, got {arguments.seeds!r}.") from None
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"`--seeds` must be different numbers from 0 on, got {arguments.seeds!r}.")
     entrants = [Entrant.parse(text) for text in arguments.optim or ["efcp_mfac"]]
     launcher = [word for path in arguments.optimizers for word in ("--optimizers", path)]
     folder = Path(arguments.output)

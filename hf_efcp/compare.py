@@ -30,9 +30,11 @@ class Entrant:
 
     @classmethod
     def parse(cls, text: str) -> Entrant:
-        """Raises `ValueError` or `TypeError` for options that an optimizer of this package does not take."""
+        """Raises `ValueError` or `TypeError` for a name that is none, or options that our optimizer does not take."""
+        from hf_efcp.train.registration import optim_choices
+
         name, _, options = text.partition(":")
-        if name in list_optimizers():
+        if name in list_optimizers() or name not in optim_choices():
             get_spec(name).resolve(parse_optim_args(options))
         return cls(name, options)
 

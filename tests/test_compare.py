@@ -161,7 +161,9 @@ def test_a_run_that_fails_is_told_with_its_last_words(tmp_path):
         ([], "Give a training script"),
         ([__file__, "--seed=3"], "`--seed=3` is set by the comparison"),
         (["--optim", "efcp_mfac:widow=3", __file__], "Did you mean `window`"),
+        (["--optim", "efcp_mfca", __file__], "Did you mean `efcp_mfac`"),
         (["--seeds", "a", __file__], "`--seeds` must be whole numbers"),
+        (["--seeds", "1,1", __file__], "`--seeds` must be different numbers"),
     ],
 )
 def test_mistakes_are_answered_in_a_line(words, message, tmp_path, capsys):

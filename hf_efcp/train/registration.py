@@ -46,6 +46,12 @@ def register_optimizers() -> None:
     wrap_saving_and_loading(transformers.Trainer)
 
 
+def optim_choices() -> list[str]:
+    """Every value that `--optim` takes, those of transformers too. Raises `RuntimeError` as `register_optimizers`."""
+    names_enum, *_ = _seams()
+    return [member.value for member in names_enum]
+
+
 def log_diagnostics() -> None:
     """Let every Trainer that is made from now on log `optimizer.diagnostics()`, see `EfcpMetricsCallback`.
 
