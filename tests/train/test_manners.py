@@ -49,6 +49,25 @@ def test_tensorboard_receives_the_metrics(tiny_bert, texts, arguments, tmp_path,
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_trackio_receives_the_metrics(tiny_bert, texts, arguments, tmp_path, monkeypatch):
+    """Read back from its database, which is local where no Space is named."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    changes = {"report_to": "trackio", "project": "ours", "run_name": "one", "trackio_static_space_id": False}
+    trainer = Trainer(tiny_bert(), arguments(optim="efcp_mfac", **changes), None, texts)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "optim_residual_norm" in entry]
+    name = "train/optim_residual_norm"
+    written = [entry for entry in SQLiteStorage.get_logs("ours", "one") if name in entry]
+    assert [(entry["train/global_step"], entry[name]) for entry in written] == [
+        (entry["step"], pytest.approx(entry["optim_residual_norm"], rel=1e-6)) for entry in logged
+    ]
+    assert len(written) == 4
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_search_runs_over_options(tiny_bert, texts, arguments):
     """optuna's trials set `optim_args`; each run has the options of its trial."""
     pytest.importorskip("optuna")
