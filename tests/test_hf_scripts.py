@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from loopback_hub import TOKEN, LoopbackHub
+from safetensors.torch import load
 
 HERE = Path(__file__).parent
 EXAMPLES = os.environ.get("HF_EXAMPLES_DIR")
@@ -118,13 +121,14 @@ def launch(tmp_path):
         questions = load_dataset(str(DATA / "trec"), split=rows).rename_column("coarse_label", "label")
         questions.select_columns(["text", "label"]).to_json(tmp_path / f"{split}.json")
 
-    def run(*words, before=(sys.executable,)):
+    def run(*words, before=(sys.executable,), hub=None):
         if any("image-classification" in str(word) for word in words) and not find_spec("torchvision"):
             pytest.skip("the image scripts import torchvision, which is not installed")
         environment = {
             **os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"),
             "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join([str(HERE / "cpu_torchvision"), *sys.path]),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            **(hub.environment(tmp_path / "cache") if hub else {}),
         }  # fmt: skip
         command = [*before, "-m", "hf_efcp.run", *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=550)
@@ -156,6 +160,33 @@ def test_script_with_trainer(name, models, launch, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "efcp_mfac" in card
     assert str(tmp_path) not in card
+
+
+def test_run_glue_pushes_our_card(models, launch, tmp_path):
+    """`--push_to_hub` of the unmodified script: weights bit for bit, and the card with what the script knows."""
+    script, model, words, *_ = SCRIPTS["run_glue"]
+    with LoopbackHub(tmp_path / "hub") as hub:
+        launch(
+            Path(EXAMPLES) / script, "--model_name_or_path", models / model, *words, *TRAINING, "--max_steps", 10,
+            "--optim", "efcp_mfac", "--optim_args", "window=4", "--output_dir", tmp_path / "out", "--push_to_hub",
+            "--hub_model_id", "tester/glue", hub=hub,
+        )  # fmt: skip
+        files = hub.store.files("tester/glue")
+    trained = load((tmp_path / "out" / "model.safetensors").read_bytes())
+    pushed = load(files["model.safetensors"])
+    assert pushed.keys() == trained.keys()
+    assert all(torch.equal(pushed[name], trained[name]) for name in trained)
+    assert {"figures/loss.png", "figures/spectrum.png", "figures/memory.png"} <= files.keys()
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-classification")
+    assert {"hf_efcp", "efcp_mfac"} <= set(card.data.tags)
+    assert card.data.base_model is None
+    measured = json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_accuracy"]
+    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("accuracy", measured)]
+    assert "| window (option) | 4 |" in card.text
+    assert "run_glue.py" in card.text
+    assert TOKEN not in card.content
+    assert str(tmp_path) not in card.content
 
 
 @pytest.mark.parametrize("name", ["run_glue", "run_clm"])
