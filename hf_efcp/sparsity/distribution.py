@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 from hf_efcp.sparsity.allocation import allocate
-from hf_efcp.sparsity.maskable import Maskable
+from hf_efcp.sparsity.maskable import Maskable, compiled
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +79,13 @@ def _has_room(layers: Sequence[Maskable], density: float) -> bool:
 
 def _fixed_counts(layers: Sequence[Maskable], densities: Mapping[str, float]) -> dict[str, int]:
     fixed: dict[str, int] = {}
+    if not isinstance(densities, Mapping):
+        raise TypeError(f"`densities` must be a dict of patterns and numbers, got {densities!r}.")
     for pattern, density in densities.items():
-        if not 0 <= density <= 1:
-            raise ValueError(f"`densities`: that of {pattern!r} must be in [0, 1], got {density}.")
-        hits = [layer for layer in layers if re.search(pattern, layer.name)]
+        if not isinstance(density, (int, float)) or not 0 <= density <= 1:
+            raise ValueError(f"`densities`: that of {pattern!r} must be in [0, 1], got {density!r}.")
+        regex = compiled(pattern, "densities")
+        hits = [layer for layer in layers if regex.search(layer.name)]
         if not hits:
             raise ValueError(f"`densities`: no masked layer matches {pattern!r}.")
         fixed.update({layer.name: round(density * layer.size) for layer in hits})

@@ -82,6 +82,16 @@ def entries_of(optimizer: Any, parameter: Tensor, mask: Tensor) -> Tensor:
     return optimizer.own_entries(parameter, mask) if hasattr(optimizer, "own_entries") else mask
 
 
+def compiled(pattern: Any, option: str) -> re.Pattern[str]:
+    """A regular expression that an option holds. Raises `TypeError` and `ValueError` that name the option."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"`{option}` must be a regular expression or several, got {pattern!r}.")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`{option}`: {pattern!r} is no regular expression: {error}.") from None
+
+
 def _usual(model: nn.Module, parameters: dict[str, nn.Parameter]) -> set[str]:
     weights = {id(p) for module in model.modules() for p in _weights(module)} | _experts(model)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
@@ -111,8 +121,11 @@ def _experts(model: nn.Module) -> set[int]:
 
 def _matching(patterns: str | Iterable[str], names: Iterable[str], option: str) -> set[str]:
     names, found = list(names), set()
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"`{option}` must be a regular expression or several, got {patterns!r}.")
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = {name for name in names if re.search(pattern, name)}
+        regex = compiled(pattern, option)
+        hits = {name for name in names if regex.search(name)}
         if not hits:
             raise ValueError(
                 f"`{option}`: no parameter's name matches {pattern!r}; there are {', '.join(names[:6])}, …."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ from hf_efcp.sparsity.distribution import nonzero_counts
 from hf_efcp.sparsity.maskable import Maskable, entries_of, maskable_parameters
 from hf_efcp.sparsity.masks import grown, largest, pack, pruned, random_scores, unpack
 from hf_efcp.sparsity.methods import SparseMethod, sparse_method
-from hf_efcp.sparsity.redistribution import redistributed
+from hf_efcp.sparsity.redistribution import momentum_sizes, redistributed
 
 logger = logging.getLogger(__name__)
 
-# State of optimizers, torch's and this package's, that moves a weight as its gradient would.
-_FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum", "residual")
-_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg")
-MOMENTS = (*_FIRST_MOMENTS, *_SECOND_MOMENTS)
+# State of optimizers with an entry for each weight: sums and averages of gradients and of their squares, and of the
+# weights themselves (`z` and `ax`), which would bring masked ones back.
+_FIRST = ("exp_avg", "momentum_buffer", "momentum", "residual", "grad_avg", "prev", "grok_ema", "compensation")
+_SECOND = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "mean_square", "sum", "acc_delta")
+MOMENTS = (*_FIRST, *_SECOND, "z", "ax")
 INITIAL = ("random", "magnitude", "zeros")
 _MOMENTUM = 0.9  # of the dense gradients that `snfs` grows by
 
@@ -64,8 +66,8 @@ class Sparsifier:
         densities: Mapping[str, float] | None = None,
         **settings: Any,
     ):
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"`sparsity` must be in [0, 1), got {sparsity}.")
+        if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
+            raise ValueError(f"`sparsity` must be in [0, 1), got {sparsity!r}.")
         if initial not in INITIAL:
             raise ValueError(f"`initial` must be one of {', '.join(INITIAL)}, got {initial!r}.")
         self.method: SparseMethod = sparse_method(method, **settings)
@@ -101,8 +103,7 @@ class Sparsifier:
         self.fired = {name: mask.clone() for name, mask in masks.items()}
 
     def _fitted(self) -> SparseMethod:
-        fitted = self.method.fitted(*self._run)
-        if fitted != self.method:
+        if (fitted := self.method.fitted(*self._run)) != self.method:
             logger.warning(
                 "`%s` changes masks every %s steps from step %d on, never in these %d steps; here it is every %d "
                 "steps. Set `interval` to choose.",
@@ -141,18 +142,20 @@ class Sparsifier:
         return self.method.grow == "momentum" or (self.is_due and self.method.grow == "gradient")
 
     @torch.no_grad()
-    def observe_(self, gradients: Mapping[str, Tensor] | None = None) -> None:
-        """Take from the dense gradients what growth will need. By default the gradients that the parameters hold."""
+    def observe_(self, gradients: Mapping[str, Tensor] | None = None, scale: float = 1.0) -> None:
+        """Take from the dense gradients, by default those of the parameters, what growth will need.
+
+        `scale` is what a scaled loss has multiplied them by.
+        """
         if not self.needs_gradients:
             return
         for layer in self.layers:
-            gradient = layer.parameter.grad if gradients is None else gradients.get(layer.name)
-            if gradient is None:
+            if (gradient := layer.parameter.grad if gradients is None else gradients.get(layer.name)) is None:
                 continue
             if self.method.grow == "gradient":
                 self._scores[layer.name] = gradient.abs()
                 continue
-            gradient = torch.nan_to_num(gradient.float(), posinf=0.0, neginf=0.0)
+            gradient = torch.nan_to_num(gradient.float() / scale, posinf=0.0, neginf=0.0)
             buffer = self._momentum.setdefault(layer.name, torch.zeros_like(gradient))
             buffer.mul_(_MOMENTUM).add_(gradient)
 
@@ -186,8 +189,8 @@ class Sparsifier:
             if optimizer is None:
                 continue
             kept = mask & ~born[layer.name] if born and layer.name in born else mask
+            there = entries_of(optimizer, layer.parameter, kept)
             for name, value in optimizer.state.get(layer.parameter, {}).items():
-                there = entries_of(optimizer, layer.parameter, kept)
                 if name in MOMENTS and isinstance(value, Tensor) and value.shape == there.shape:
                     value.mul_(there.to(value.device))
 
@@ -198,9 +201,11 @@ class Sparsifier:
         if self.method.gradual:
             self._prune_gradually_()
             return {}
-        kept = {layer.name: self._pruned(layer) for layer in self.layers}
+        moves = self.method.grow == "momentum"
+        sizes = momentum_sizes(self.masks, self._momentum) if moves else {}
+        kept = {layer.name: self._pruned(layer, sizes) for layer in self.layers}
         removed = {name: int(self.masks[name].sum() - mask.sum()) for name, mask in kept.items()}
-        adding = removed if self.method.grow != "momentum" else redistributed(kept, removed, self._momentum)
+        adding = redistributed(kept, removed, sizes) if moves else removed
         born = {}
         for number, layer in enumerate(self.layers):
             name, before = layer.name, kept[layer.name]
@@ -212,7 +217,7 @@ class Sparsifier:
             self.fired[name] |= mask
         return born
 
-    def _pruned(self, layer: Maskable) -> Tensor:
+    def _pruned(self, layer: Maskable, sizes: Mapping[str, float]) -> Tensor:
         """The layer's mask less ⌈ρk⌉ of its k weights; a dense layer is left alone, it has no room to explore."""
         mask = self.masks[layer.name]
         active = int(mask.sum())
@@ -220,14 +225,10 @@ class Sparsifier:
             return mask.clone()
         rate = self.method.exchange_rate(self.step + 1, self.last)
         sparsity = 1 - active / layer.size
-        if self.method.grow == "momentum" and sparsity < 0.2 and self._momentum_share(layer) > 1 / len(self.layers):
+        if sparsity < 0.2 and sizes and sizes[layer.name] * len(sizes) > sum(sizes.values()):
             rate = min(sparsity, rate)  # SNFS's guard: such a layer will gain weights and has little room
         count = min(active, math.ceil(rate * active))
         return pruned(layer.parameter, mask, count)
-
-    def _momentum_share(self, layer: Maskable) -> float:
-        sizes = {n: float(self._momentum[n].abs()[m].mean()) for n, m in self.masks.items() if n in self._momentum}
-        return sizes.get(layer.name, 0.0) / (sum(sizes.values()) or 1.0)
 
     def _growth_scores(self, number: int) -> Tensor:
         layer = self.layers[number]

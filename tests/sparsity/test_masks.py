@@ -8,8 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_efcp import create_optimizer
-from hf_efcp.parallel import planned
 from hf_efcp.sparsity import Sparsifier, maskable_parameters, nonzero_counts
 from hf_efcp.sparsity.allocation import allocate
 from hf_efcp.sparsity.maskable import Maskable
@@ -198,6 +196,24 @@ def test_patterns_choose_otherwise():
         maskable_parameters(Model(), exclude=".")
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"include": "("}, ValueError, "`include`: '\\(' is no regular expression"),
+        ({"exclude": ["conv", 3]}, TypeError, "`exclude` must be a regular expression or several, got 3"),
+        ({"exclude": 3}, TypeError, "`exclude` must be a regular expression or several, got 3"),
+        ({"densities": {"(": 0.5}}, ValueError, "`densities`: '\\(' is no regular expression"),
+        ({"densities": "conv"}, TypeError, "`densities` must be a dict"),
+        ({"densities": {"conv": "half"}}, ValueError, "that of 'conv' must be in"),
+        ({"sparsity": "0.9"}, ValueError, "`sparsity` must be in .*, got '0.9'"),
+        ({"sparsity": math.nan}, ValueError, "`sparsity` must be in"),
+    ],
+)
+def test_what_is_no_pattern_or_number_is_refused_by_name(given, error, message):
+    with pytest.raises(error, match=message):
+        Sparsifier(Model(), **{"sparsity": 0.5, "method": "static", **given})
+
+
 def test_layers_of_transformers():
     from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
@@ -236,17 +252,3 @@ def test_masks_of_a_sparse_model_are_its_own():
     assert torch.equal(sparsifier.masks["weight"], model.weight != 0)
     with pytest.raises(ValueError, match="the model has sparsity"):
         Sparsifier(model, 0.9, "static", initial="zeros")
-
-
-def test_moments_of_a_part_of_a_parameter_are_masked():
-    """As a rank of several has them."""
-    model = nn.Linear(8, 8, bias=False)
-    optimizer = create_optimizer("efcp_mfac", model, lr=0.1, block_size=8, window=2)
-    with planned(2):
-        optimizer._adopt_state()
-    moment = optimizer.state[model.weight]["exp_avg"]
-    assert moment.shape == (32,)
-    moment.fill_(1)
-    sparsifier = Sparsifier(model, 0.5, "static")
-    sparsifier.apply_(optimizer)
-    assert torch.equal(moment.bool(), sparsifier.masks["weight"].view(-1)[:32])

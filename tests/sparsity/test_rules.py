@@ -4,12 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from hf_efcp.sparsity import METHODS, Sparsifier, sparse_method
-from hf_efcp.sparsity.redistribution import redistributed
 
 
 def model(seed=0):
@@ -230,24 +227,6 @@ def test_gradients_that_are_no_numbers_grow_nothing_first():
     made.finish_step_()
     assert sum(active(made.masks).values()) == total
     assert all(p.isfinite().all() for p in net.parameters())
-
-
-@given(st.integers(0, 10_000))
-def test_momentum_moves_weights_between_layers(seed):
-    """As many grow as were removed, in proportion to the mean momentum, within 99 % of the room."""
-    generator = torch.Generator().manual_seed(seed)
-    kept = {f"l{i}": torch.rand(30 + 40 * i, generator=generator) < 0.4 for i in range(3)}
-    momentum = {n: torch.rand(m.shape, generator=generator) * (i + 1) for i, (n, m) in enumerate(kept.items())}
-    removed = {n: int(m.sum()) // 3 for n, m in kept.items()}
-    adding = redistributed(kept, removed, momentum)
-    assert sum(adding.values()) == sum(removed.values())
-    shares = {n: float(momentum[n][m].mean()) for n, m in kept.items()}
-    free = {n: int((~m).sum()) for n, m in kept.items()}
-    unbounded = {n: shares[n] / sum(shares.values()) * sum(removed.values()) for n in kept}
-    for n in kept:
-        assert adding[n] <= free[n]
-        if all(unbounded[k] <= math.floor(0.99 * free[k]) for k in kept):
-            assert abs(adding[n] - unbounded[n]) <= 1
 
 
 def test_state_goes_on_bit_for_bit():
