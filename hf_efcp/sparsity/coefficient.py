@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -38,16 +39,17 @@ class AgentCoefficient:
         initial: float = 0.1,
         clip: tuple[float, float] | None = (0.0, 1.0),
     ):
-        if not 0 <= smoothing <= 1:
-            raise ValueError(f"`smoothing` must be in [0, 1], got {smoothing}.")
-        for name, value in (("gamma", gamma), ("initial", initial)):
+        for name, value in (("gamma", gamma), ("smoothing", smoothing), ("initial", initial)):
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"`{name}` must be a number, got {value!r}.")
             if not math.isfinite(value):
                 raise ValueError(f"`{name}` must be finite, got {value}.")
-        if clip is not None and not (len(clip) == 2 and clip[0] <= clip[1]):
-            raise ValueError(f"`clip` must be (low, high) with low ≤ high, or None, got {clip!r}.")
-        self.gamma, self.smoothing, self.clip = gamma, smoothing, clip
+        if not 0 <= smoothing <= 1:
+            raise ValueError(f"`smoothing` must be in [0, 1], got {smoothing}.")
+        self.gamma, self.smoothing, self.clip = gamma, smoothing, _range(clip)
         self.slope = float(initial)  # τ
         self.newest: float | None = None  # τ_now as measured; None where there was nothing to measure
+        self.correlation: float | None = None  # of the two losses, likewise
 
     @property
     def value(self) -> float:
@@ -66,33 +68,51 @@ class AgentCoefficient:
         now, old = (torch.as_tensor(x, dtype=torch.float64).flatten() for x in (losses, snapshot_losses))
         if now.shape != old.shape:
             raise ValueError(f"As many snapshot losses are needed as losses, got {len(old)} and {len(now)}.")
-        return self.include(*slope_parts(now, old))
+        covariance, variance, of_now, scale = moments(now, old)
+        self.include(covariance, variance, scale)
+        known = self.newest is not None and of_now > 0
+        self.correlation = covariance / math.sqrt(variance) / math.sqrt(of_now) if known else None
+        return self.value
 
     def include(self, covariance: float, variance: float, scale: float) -> float:
         """Take in a slope `covariance/variance`; `scale` is the mean square that `variance` is measured against."""
         self.newest = None
         if math.isfinite(covariance) and math.isfinite(variance) and variance > _FLAT * scale:
-            self.newest = covariance / variance
-            low, high = self.clip or (-math.inf, math.inf)
-            self.slope += self.smoothing * (min(high, max(low, self.newest)) - self.slope)
+            newest = covariance / variance
+            if math.isfinite(newest):
+                self.newest = newest
+                low, high = self.clip or (-math.inf, math.inf)
+                self.slope += self.smoothing * (min(high, max(low, newest)) - self.slope)
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs."""
-        return {"slope": self.slope, "newest": self.newest}
+        return {"slope": self.slope, "newest": self.newest, "correlation": self.correlation}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.slope, self.newest = state["slope"], state["newest"]
+        self.slope, self.newest, self.correlation = state["slope"], state["newest"], state.get("correlation")
 
 
-def slope_parts(now: Tensor, old: Tensor) -> tuple[float, float, float]:
-    """Cov(now, old), Var(old), both unbiased, and the mean square of `old`. NaN where there are fewer than two."""
+def moments(now: Tensor, old: Tensor) -> tuple[float, float, float, float]:
+    """Cov(now, old), Var(old), Var(now), unbiased, and the mean square of `old`. NaN where there are fewer than two."""
     if len(now) < 2:
-        return math.nan, math.nan, 1.0
+        return math.nan, math.nan, math.nan, 1.0
     d_now, d_old = now - now.mean(), old - old.mean()
     n = len(now) - 1
-    return float(d_now @ d_old) / n, float(d_old @ d_old) / n, float(old.square().mean())
+    return float(d_now @ d_old) / n, float(d_old @ d_old) / n, float(d_now @ d_now) / n, float(old.square().mean())
+
+
+def _range(clip: Any) -> tuple[float, float] | None:
+    if clip is None:
+        return None
+    try:
+        low, high = map(float, clip)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not low <= high:
+        raise ValueError(f"`clip` must be (low, high) with low ≤ high, or None, got {clip!r}.")
+    return low, high
 
 
 def linear_decay(value: float, progress: float) -> float:

@@ -94,6 +94,7 @@ class GradientCorrection:
         self.snapshot: dict[str, Tensor] = {}  # θ̃
         self.full_gradient: dict[str, Tensor] = {}  # u; parameters without a gradient are missing
         self.last_refresh: int | None = None  # step before which θ̃ was taken
+        self.noise: float | None = None  # ‖u − g̃‖ of the step that was measured last
         self._model = model
         self._spared = () if options.correct_grown else tuple(masked)  # whose weights of 0 are left alone
         self._covariance, self._variance = 0.0, 0.0  # running sums of `grad`
@@ -119,21 +120,20 @@ class GradientCorrection:
 
         Gradients that are taken inside are 0 where `correct_grown` says that nothing is corrected.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
         live = {name: p.data for name, p in self.parameters.items()}
         hooks = [self.parameters[n].register_hook(partial(_where_nonzero, self.snapshot[n])) for n in self._spared]
-        try:
-            for name, p in self.parameters.items():
-                p.data = self.snapshot[name]
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for name, p in self.parameters.items():
-                p.data = live[name]
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+        with preserved_buffers(self._model):
+            try:
+                for name, p in self.parameters.items():
+                    p.data = self.snapshot[name]
+                torch.clear_autocast_cache()  # inside a caller's autocast it serves weights that it cast before
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                for name, p in self.parameters.items():
+                    p.data = live[name]
+                torch.clear_autocast_cache()
 
     @torch.no_grad()
     def take_snapshot_(self, step: int) -> None:
@@ -169,19 +169,20 @@ class GradientCorrection:
     ) -> None:
         """Put `g + c(scale·u − g̃)`, formed in float32 at least, into the parameters' gradients.
 
+        A parameter that takes part in one of the two alone has a gradient of 0 in the other.
+
         Args:
             gradients, at_snapshot: g and g̃ of one step, with the loss scaled by `scale`.
             c: the coefficient.
             scale: see above.
         """
         for name, p in self.parameters.items():
-            if name not in gradients:
-                continue
-            g = gradients[name]
-            if c and name in at_snapshot and name in self.full_gradient:
+            g, old, full = (held.get(name) for held in (gradients, at_snapshot, self.full_gradient))
+            if c and full is not None and not (g is None and old is None):
+                zero = torch.zeros_like(p)
+                g, old = zero if g is None else g, zero if old is None else old
                 wide = torch.promote_types(g.dtype, torch.float32)
-                noise = self.full_gradient[name].to(wide) * scale - at_snapshot[name].to(wide)
-                g = (g.to(wide) + c * noise).to(g.dtype)
+                g = (g.to(wide) + c * (full.to(wide) * scale - old.to(wide))).to(g.dtype)
             p.grad = g
 
     @torch.no_grad()
@@ -205,6 +206,7 @@ class GradientCorrection:
             covariance += float((now * deviation).sum())
             variance += float(deviation.square().sum())
         if math.isfinite(covariance) and math.isfinite(variance):
+            self.noise = math.sqrt(variance)
             self._covariance = _SUMS * self._covariance + covariance
             self._variance = _SUMS * self._variance + variance
             self.slope.include(self._covariance, self._variance, 0.0)
@@ -229,6 +231,25 @@ class GradientCorrection:
         self.last_refresh = state["last_refresh"]
         self._covariance, self._variance = state["sums"]
         self.slope.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """What happens to a module's buffers inside leaves no trace, in their values or in which tensors they are."""
+    held = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in held:
+                if buffer is not None:
+                    buffer.copy_(value)
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
 
 
 def _where_nonzero(weight: Tensor, gradient: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_efcp.sparsity import CorrectionOptions, GradientCorrection, Sparsifier
+from hf_efcp.sparsity.correction import preserved_buffers
 from hf_efcp.train.epoch_replay import replayed
 from hf_efcp.train.random_state import preserved_random_state, random_state, restore_random_state
 
@@ -37,7 +38,7 @@ class CorrectedStep:
         trainer: whose steps these are.
         options: see `CorrectionOptions`.
         sparsifier: of the model, if it is sparse.
-        steps_per_epoch: optimizer steps in an epoch.
+        steps_per_epoch: optimizer steps in an epoch; `None` where the data is a stream without a length.
         prepare: changes a batch before it is used, as an adversary does.
     """
 
@@ -46,7 +47,7 @@ class CorrectedStep:
         trainer: Trainer,
         options: CorrectionOptions,
         sparsifier: Sparsifier | None,
-        steps_per_epoch: int,
+        steps_per_epoch: int | None,
         prepare: Prepare,
     ):
         self._trainer, self._sparsifier, self._prepare = trainer, sparsifier, prepare
@@ -54,12 +55,20 @@ class CorrectedStep:
         self._model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         self.core = GradientCorrection(self._model, options, sparsifier.masks if sparsifier else ())
         self.epoch_state = random_state()  # of the generators when the epoch began
+        self._begun = 0, 0  # of a stream: passes that were begun before, and the step at which this one began
         self.coefficient = 0.0  # of the step that is being taken
         self._apart = self._measures = False
         self._gradients: dict[str, Tensor] = {}
         self._at_snapshot: dict[str, Tensor] = {}
 
     # ---- a step
+
+    def begin_epoch(self) -> None:
+        """Note how things stand when the data is read from its start."""
+        passes, began = self._begun
+        step = self._trainer.state.global_step
+        self._begun = passes + (step != began), step
+        self.epoch_state = random_state()
 
     def begin_step(self, evaluate: Evaluate, model: nn.Module) -> None:
         """Refresh the snapshot where that is due, and settle how this step is taken."""
@@ -111,24 +120,20 @@ class CorrectedStep:
 
     def finish_gradients(self) -> None:
         """After the last micro-batch: make the gradients the corrected ones, and let the sparsifier see the plain."""
-        scale, core = self._scale(), self.core
+        scale, core = loss_scale(self._trainer), self.core
         if self._apart:
             if self._measures:
                 masks = self._sparsifier.masks if self._sparsifier else {}
                 core.measure_(self._gradients, self._at_snapshot, scale, masks)
             if self._sparsifier:
-                self._sparsifier.observe_(self._gradients)
+                self._sparsifier.observe_(self._gradients, scale)
             core.combine_(self._gradients, self._at_snapshot, self.coefficient, scale)
         else:
             if self.coefficient:
                 core.add_full_gradient_(self.coefficient, scale)
             if self._sparsifier:
-                self._sparsifier.observe_()
+                self._sparsifier.observe_(scale=scale)
         self._gradients, self._at_snapshot = {}, {}
-
-    def _scale(self) -> float:
-        scaler = self._trainer.accelerator.scaler
-        return 1.0 if scaler is None else scaler.get_scale()
 
     @contextlib.contextmanager
     def _weighted(self, weight: float | None) -> Iterator[None]:
@@ -183,24 +188,22 @@ class CorrectedStep:
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Mean gradient over batches, and each batch's losses at θ and at the snapshot, averaged over processes."""
         trainer, core = self._trainer, self.core
-        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
         accumulation, synchronizes = trainer.current_gradient_accumulation_steps, trainer.accelerator.sync_gradients
         held = self._exchanged({})
-        with preserved_random_state(), trainer.accelerator.no_sync(model):
+        with preserved_random_state(), preserved_buffers(self._model), trainer.accelerator.no_sync(model):
             restore_random_state(self.epoch_state)
             total, losses = self._summed(evaluate, model, weight)
         self._exchanged(held)
         trainer.current_gradient_accumulation_steps = accumulation
         trainer.accelerator.gradient_state._set_sync_gradients(synchronizes)
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
             if trainer.accelerator.num_processes > 1:
-                total = {n: total.get(n, torch.zeros_like(p)) for n, p in core.parameters.items()}
-                total = trainer.accelerator.reduce(total, reduction="mean")
+                for name, p in core.parameters.items():  # one after another: the exchange works on a copy
+                    mine = total[name] if name in total else torch.zeros_like(p)
+                    total[name] = trainer.accelerator.reduce(mine, reduction="mean")
                 losses = trainer.accelerator.reduce(losses, reduction="mean")
             for value in total.values():
-                value.div_(self._scale() * weight * len(losses))
+                value.div_(loss_scale(trainer) * weight * len(losses))
             return total, losses[:, 0], losses[:, 1]
 
     def _summed(self, evaluate: Evaluate, model: nn.Module, weight: float) -> tuple[dict[str, Tensor], Tensor]:
@@ -236,13 +239,34 @@ class CorrectedStep:
         """The micro-batches of one optimizer step after another, with what Trainer counts in them."""
         trainer = self._trainer
         accumulation, limit = trainer.args.gradient_accumulation_steps, self.core.options.full_grad_batches
-        epoch, done = divmod(trainer.state.global_step, self._steps_per_epoch)
-        # A part of an epoch begins at the step that is to come, so another refresh sees other batches.
-        skip = 0 if limit is None else max(0, min(done, self._steps_per_epoch - limit)) * accumulation
-        with replayed(trainer.callback_handler.train_dataloader, epoch, skip) as loader:
-            iterator = iter(loader)
-            for _ in itertools.count() if limit is None else range(limit):
-                batches, count = trainer.get_batch_samples(iterator, accumulation, trainer.args.device)
-                if not batches:
-                    return
-                yield batches, count
+        epoch, skip = self._position(limit)
+        for start in dict.fromkeys((skip * accumulation, 0)):  # at its beginning, where a stream has ended
+            found = False
+            with replayed(trainer.callback_handler.train_dataloader, epoch, start) as loader:
+                iterator = iter(loader)
+                for _ in itertools.count() if limit is None else range(limit):
+                    batches, count = trainer.get_batch_samples(iterator, accumulation, trainer.args.device)
+                    if not batches:
+                        break
+                    found = True
+                    yield batches, count
+            if found:
+                return
+
+    def _position(self, limit: int | None) -> tuple[int, int]:
+        """The number of the running epoch, and of the step in it from which on its batches are read again.
+
+        A part of an epoch begins at the step that is to come, so another refresh sees other batches.
+        """
+        step, per_epoch = self._trainer.state.global_step, self._steps_per_epoch
+        if per_epoch is None:
+            passes, began = self._begun
+            return passes, step - began
+        epoch, done = divmod(step, per_epoch)
+        return epoch, 0 if limit is None else max(0, min(done, per_epoch - limit))
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """What losses are multiplied by before a backward pass: the scale of a GradScaler, or 1."""
+    scaler = trainer.accelerator.scaler
+    return 1.0 if scaler is None else scaler.get_scale()

@@ -9,14 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
-from transformers.training_args import OptimizerNames
 
 from hf_efcp.sparsity import CorrectionOptions, Sparsifier
 from hf_efcp.train import sparse_files
 from hf_efcp.train.adversary import Adversary, make_adversary
 from hf_efcp.train.callbacks import own_optimizer
-from hf_efcp.train.corrected_step import CorrectedStep, Evaluate
-from hf_efcp.train.random_state import random_state
+from hf_efcp.train.corrected_step import CorrectedStep, Evaluate, loss_scale
 from hf_efcp.train.sparse_options import SparseOptions
 
 logger = logging.getLogger(__name__)
@@ -54,9 +52,8 @@ class SparseTraining:
         self.correction = None
         if options.correction is not None:
             _check_length(trainer, options.correction)
-            self.correction = CorrectedStep(
-                trainer, options.correction, self.sparsifier, steps_per_epoch, self._prepared
-            )
+            length = steps_per_epoch if self._has_length() else None
+            self.correction = CorrectedStep(trainer, options.correction, self.sparsifier, length, self._prepared)
         self._begins_step = True
         trainer.remove_callback(SparseCallback)  # of an earlier train()
         trainer.add_callback(SparseCallback(self))
@@ -106,7 +103,7 @@ class SparseTraining:
         if self.correction is not None:
             self.correction.finish_gradients()
         elif self.sparsifier is not None:
-            self.sparsifier.observe_()
+            self.sparsifier.observe_(scale=loss_scale(self._trainer))
         if self.sparsifier is not None:
             self.sparsifier.mask_gradients_()
 
@@ -121,15 +118,25 @@ class SparseTraining:
         try:
             # Not the wrapper of several processes, which waits for a backward pass after each forward.
             model.train()
-            return self._adversary(self._trainer.accelerator.unwrap_model(model), inputs)
+            attacked = self._adversary(self._trainer.accelerator.unwrap_model(model), inputs)
         finally:
             for p, gradient in gradients:
                 p.grad = gradient
+        if not isinstance(attacked, Mapping):
+            raise TypeError(f"`adversary` must return the inputs to train on, a dict, got {type(attacked).__name__}.")
+        return attacked
 
     def begin_epoch(self) -> None:
         """Note where the random generators stand when an epoch's data loader is started; not in the middle of one."""
-        if self.correction is not None and self._trainer.state.global_step % self._steps_per_epoch == 0:
-            self.correction.epoch_state = random_state()
+        if self.correction is None:
+            return
+        step = self._trainer.state.global_step
+        resumed = step > 0 and step == self._trainer._initial_global_step
+        if step % self._steps_per_epoch == 0 if self._has_length() else not resumed:
+            self.correction.begin_epoch()
+
+    def _has_length(self) -> bool:
+        return has_length(self._trainer.callback_handler.train_dataloader)
 
     # ---- figures and files
 
@@ -143,8 +150,9 @@ class SparseTraining:
         if self.correction is not None:
             figures["agent_coefficient"] = self.correction.coefficient
             figures["agent_slope"] = self.correction.core.slope.slope
-            if self.correction.core.slope.newest is not None:
-                figures["agent_newest_slope"] = self.correction.core.slope.newest
+            core = self.correction.core
+            known = {"newest_slope": core.slope.newest, "correlation": core.slope.correlation, "noise": core.noise}
+            figures.update({f"agent_{name}": value for name, value in known.items() if value is not None})
         return figures
 
     def save_masks(self, folder: str) -> None:
@@ -239,16 +247,18 @@ def refuse_unsupported(trainer: Trainer, options: SparseOptions) -> None:
         raise NotImplementedError(f"Sparse training does not work with FSDP, which shards parameters. {advice}")
     if trainer.is_deepspeed_enabled:
         raise NotImplementedError(f"Sparse training does not work with DeepSpeed (ZeRO). {advice}")
-    if trainer.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
-        raise NotImplementedError("Sparse training needs gradients after the backward pass; LOMO keeps none.")
+    name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if "lomo" in name or "layerwise" in name:
+        raise NotImplementedError(f"Sparse training needs gradients after the backward pass; {name} keeps none.")
     if any(hasattr(p, "device_mesh") for p in trainer.model.parameters()):
         raise NotImplementedError(f"Sparse training does not work with parameters that are sharded (DTensor). {advice}")
     if options.correction is None:
         return
-    if trainer.args.torch_compile and trainer.args.torch_compile_mode in _GRAPH_MODES:
+    graphs = _recorded_graphs(trainer)
+    if graphs is not None:
         raise NotImplementedError(
-            f"gradient_correction swaps weights, which CUDA graphs do not see: use torch_compile_mode=default instead "
-            f"of {trainer.args.torch_compile_mode}."
+            "gradient_correction swaps weights, which CUDA graphs do not see: use torch_compile_mode=default instead "
+            f"of {graphs}."
         )
     optimizer = own_optimizer(trainer.optimizer)
     if optimizer is not None and hasattr(optimizer, "explain_parameters"):
@@ -256,3 +266,15 @@ def refuse_unsupported(trainer: Trainer, options: SparseOptions) -> None:
             f"gradient_correction does not work with {type(optimizer).__name__}, whose curvature statistics would take "
             "in the snapshot's. Use efcp_mfac, or train without gradient_correction."
         )
+
+
+def _recorded_graphs(trainer: Trainer) -> str | None:
+    """The mode or backend of torch.compile that records CUDA graphs; asked for by arguments or by accelerate."""
+    args, plugin = trainer.args, trainer.accelerator.state.dynamo_plugin
+    backend = str(getattr(plugin.backend, "value", plugin.backend)).lower()
+    words = [plugin.mode, backend]
+    if args.torch_compile:
+        words += [args.torch_compile_mode, args.torch_compile_backend]
+    if (plugin.options or {}).get("triton.cudagraphs"):
+        return "triton.cudagraphs"
+    return next((word for word in words if word in (*_GRAPH_MODES, "cudagraphs")), None)

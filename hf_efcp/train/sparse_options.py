@@ -47,8 +47,9 @@ class SparseOptions:
         settings = parse_settings(self.sparse_args, "sparse_args")
         if self.sparsity is None and (self.sparse_method is not None or settings):
             raise ValueError("`sparse_method` and `sparse_args` need `sparsity`, the share of weights that is 0.")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"`sparsity` must be in [0, 1), got {self.sparsity}.")
+        is_number = isinstance(self.sparsity, (int, float)) and not isinstance(self.sparsity, bool)
+        if self.sparsity is not None and not (is_number and 0 <= self.sparsity < 1):
+            raise ValueError(f"`sparsity` must be in [0, 1), got {self.sparsity!r}.")
         if self.sparsity is not None:
             method = {name: value for name, value in settings.items() if name not in _MASKING}
             sparse_method(self.method, **method)

@@ -63,12 +63,34 @@ def test_passes_without_a_slope_change_nothing(now, old):
     [
         ({"smoothing": 1.5}, "`smoothing` must be in"),
         ({"gamma": math.nan}, "`gamma` must be finite"),
+        ({"smoothing": math.nan}, "`smoothing` must be finite"),
         ({"clip": (1, 0)}, "`clip` must be"),
+        ({"clip": 0.5}, "`clip` must be"),
+        ({"clip": (0, 1, 2)}, "`clip` must be"),
+        ({"clip": (math.nan, 1)}, "`clip` must be"),
     ],
 )
 def test_wrong_numbers_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         AgentCoefficient(**given)
+
+
+@pytest.mark.parametrize("name", ["gamma", "smoothing", "initial"])
+def test_words_are_no_numbers(name):
+    with pytest.raises(TypeError, match=f"`{name}` must be a number, got 'much'"):
+        AgentCoefficient(**{name: "much"})
+
+
+def test_the_correlation_of_the_losses_is_told():
+    now, old = pair(3)
+    coefficient = AgentCoefficient()
+    coefficient.update(now, old)
+    assert coefficient.correlation == pytest.approx(np.corrcoef(now, old)[0, 1], rel=1e-12)
+    again = AgentCoefficient()
+    again.load_state_dict(coefficient.state_dict())
+    assert again.correlation == coefficient.correlation
+    coefficient.update([1.0], [1.0])
+    assert coefficient.correlation is None
 
 
 def test_losses_must_be_as_many():
@@ -141,6 +163,64 @@ def test_masked_entries_do_not_count():
         kept.append(core.coefficient())
     assert kept[0] == pytest.approx(kept[1], rel=1e-12)
     assert kept[0] != 0
+
+
+@pytest.mark.parametrize("side", ["now", "old"])
+def test_a_gradient_on_one_side_alone_is_zero_on_the_other(side):
+    """An expert that no token of a batch was sent to, at θ or at θ̃: d = g + c(u − g̃) all the same."""
+    model = torch.nn.Linear(4, 1, bias=False).double()
+    core = GradientCorrection(model, CorrectionOptions())
+    g, full = torch.randn(2, 1, 4, dtype=torch.float64)
+    core.full_gradient = {"weight": full}
+    now, old = ({"weight": g}, {}) if side == "now" else ({}, {"weight": g})
+    core.combine_(now, old, 0.3, 2.0)
+    expected = g + 0.3 * 2 * full if side == "now" else 0.3 * (2 * full - g)
+    torch.testing.assert_close(model.weight.grad, expected, rtol=0, atol=1e-15)
+
+
+class Counting(torch.nn.Module):
+    """A module that replaces its buffers instead of changing them, one of which begins as none."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", None)
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        self.last = x.detach().clone()
+        return x * self.weight
+
+
+def test_swapping_puts_replaced_buffers_back():
+    model = Counting()
+    core = GradientCorrection(model, CorrectionOptions())
+    core.take_snapshot_(0)
+    calls = model.calls
+    with core.swapped():
+        model(torch.ones(2))
+        assert model.calls == 1
+    assert model.calls is calls
+    assert calls == 0
+    assert model.last is None
+
+
+def test_a_callers_autocast_sees_the_swapped_weights():
+    """It keeps the weights that it cast, by their tensor, and would serve them for the swapped ones."""
+    model = torch.nn.Linear(3, 3, bias=False)
+    core = GradientCorrection(model, CorrectionOptions())
+    core.take_snapshot_(0)
+    with torch.no_grad():
+        model.weight.mul_(-2)
+    x = torch.ones(1, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        now = model(x)
+        with core.swapped():
+            old = model(x)
+        again = model(x)
+    torch.testing.assert_close(now, -2 * old)
+    assert torch.equal(now, again)
 
 
 def test_swapping_puts_everything_back_after_an_error():

@@ -149,6 +149,31 @@ def test_sharded_parameters_are_refused(attributes, message, tmp_path, monkeypat
         refuse_unsupported(trainer, sparse_options(trainer.args))
 
 
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "apollo_adamw_layerwise", "lomo"])
+def test_optimizers_without_gradients_are_refused(optim, tmp_path):
+    """They step inside the backward pass, before gradients can be masked or corrected."""
+    from hf_efcp.train.sparse import refuse_unsupported
+
+    trainer = oracle.make_trainer(tmp_path, oracle.Net(), oracle.examples(), sparsity=0.5)
+    trainer.args.optim = optim
+    with pytest.raises(NotImplementedError, match=f"needs gradients after the backward pass; {optim} keeps none"):
+        refuse_unsupported(trainer, sparse_options(trainer.args))
+
+
+def test_graphs_that_accelerate_was_asked_for_are_refused(tmp_path, monkeypatch):
+    """`accelerate launch --dynamo_mode reduce-overhead` and the backend `cudagraphs` do not go through arguments."""
+    from hf_efcp.train.sparse import refuse_unsupported
+
+    trainer = oracle.make_trainer(tmp_path, oracle.Net(), oracle.examples(), **AGENT)
+    plugin = trainer.accelerator.state.dynamo_plugin
+    for name, value in (("mode", "reduce-overhead"), ("backend", "CUDAGRAPHS"), ("options", {"triton.cudagraphs": 1})):
+        with monkeypatch.context() as patch:
+            patch.setattr(plugin, name, value)
+            with pytest.raises(NotImplementedError, match="CUDA graphs do not see"):
+                refuse_unsupported(trainer, sparse_options(trainer.args))
+    refuse_unsupported(trainer, sparse_options(trainer.args))
+
+
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_recorded_graphs_are_refused(mode, tmp_path):
     given = {"torch_compile_mode": mode, "sparsity": 0.5, **AGENT}
@@ -164,6 +189,8 @@ def test_recorded_graphs_are_refused(mode, tmp_path):
     ("given", "message"),
     [
         ({"sparsity": 1.0}, r"`sparsity` must be in \[0, 1\), got 1.0"),
+        ({"sparsity": "high"}, r"`sparsity` must be in \[0, 1\), got 'high'"),
+        ({"gradient_correction": "agent", "correction_args": "clip=0.5"}, "`clip` must be"),
         ({"sparse_method": "rigl"}, "need `sparsity`"),
         ({"sparsity": 0.9, "sparse_method": "rigel"}, "Did you mean `rigl`"),
         ({"sparsity": 0.9, "sparse_args": "intervall=3"}, "Did you mean `interval`"),
@@ -207,30 +234,6 @@ def test_options_before_a_script_reach_its_trainer(tmp_path):
     trainer = oracle.make_trainer(tmp_path, oracle.Net(), oracle.examples(), num_train_epochs=1)
     trainer.train()
     assert trainer._sparse is None
-
-
-class Stream(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        return iter(oracle.examples(64))
-
-
-def test_streams_are_read_again_for_some_batches(tmp_path):
-    trainer = oracle.make_trainer(
-        tmp_path, oracle.Net(), Stream(), gradient_correction="agent", max_steps=8,
-        correction_args="coefficient=fixed,value=0.5,refresh=3,full_grad_batches=2",
-    )  # fmt: skip
-    trainer.train()
-    assert trainer._sparse.correction.core.last_refresh == 6
-    assert trainer.state.log_history[-2]["agent_coefficient"] == 0.5
-
-
-@pytest.mark.parametrize("given", ["refresh=3", "full_grad_batches=3"])
-def test_streams_have_no_epoch(given, tmp_path):
-    trainer = oracle.make_trainer(
-        tmp_path, oracle.Net(), Stream(), gradient_correction="agent", max_steps=8, correction_args=given
-    )
-    with pytest.raises(ValueError, match=r"has no length.*refresh=1000,full_grad_batches=50"):
-        trainer.train()
 
 
 def test_a_full_gradient_that_is_not_finite_corrects_nothing(tmp_path, caplog):
