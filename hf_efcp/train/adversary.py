@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,10 +41,19 @@ class PGD:
     key: str = "pixel_values"
 
     def __post_init__(self):
-        if not self.epsilon >= 0:
-            raise ValueError(f"`epsilon` must be at least 0, got {self.epsilon}.")
-        if not (isinstance(self.steps, int) and self.steps >= 1):
+        for name in ("epsilon", "step_size"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value >= 0) and not (name == "step_size" and value is None):
+                raise ValueError(f"`{name}` must be at least 0, got {value!r}.")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {self.steps!r}.")
+        if not isinstance(self.random_start, bool):
+            raise TypeError(f"`random_start` must be true or false, got {self.random_start!r}.")
+        bounds = [bound for bound in (self.low, self.high) if bound is not None]
+        if not all(map(_is_number, bounds)) or bounds != sorted(bounds):
+            raise ValueError(f"`low` and `high` must be numbers, low ≤ high, got {self.low!r} and {self.high!r}.")
+        if not isinstance(self.key, str):
+            raise TypeError(f"`key` must be a name, got {self.key!r}.")
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs with adversarial images. Raises `ValueError` where there are no images or no loss."""
@@ -84,8 +94,14 @@ class FGSM(PGD):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.steps != 1:
+            raise ValueError(f"FGSM takes one step; PGD takes {self.steps}.")
         if self.step_size is None:
             object.__setattr__(self, "step_size", self.epsilon)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @contextlib.contextmanager

@@ -69,6 +69,30 @@ def test_inputs_without_images_are_refused():
     assert make_adversary("pgd:epsilon=0.3,steps=7,key=x") == PGD(epsilon=0.3, steps=7, key="x")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pgd:epsilon=much", "`epsilon` must be at least 0, got 'much'"),
+        ("pgd:step_size=-1", "`step_size` must be at least 0"),
+        ("pgd:steps=true", "`steps` must be at least 1, got True"),
+        ("pgd:low=1,high=0", "`low` and `high` must be numbers, low ≤ high, got 1 and 0"),
+        ("pgd:random_start=2", "`random_start` must be true or false"),
+        ("pgd:key=3", "`key` must be a name"),
+        ("fgsm:steps=3", "FGSM takes one step; PGD takes 3"),
+    ],
+)
+def test_wrong_options_are_refused(text, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make_adversary(text)
+
+
+def test_an_adversary_must_return_inputs(tmp_path):
+    base = oracle.make_trainer(tmp_path, oracle.Net(), oracle.examples())
+    trainer = EfcpTrainer(base.model, base.args, train_dataset=oracle.examples(), adversary=lambda model, inputs: None)
+    with pytest.raises(TypeError, match="`adversary` must return the inputs to train on, a dict, got NoneType"):
+        trainer.train()
+
+
 def test_a_batch_is_attacked_once_and_used_for_every_term(tmp_path, monkeypatch):
     """Once a batch, at today's weights; both passes and the full gradient see the same adversarial examples."""
     seen, attacks = [], []
