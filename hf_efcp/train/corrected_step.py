@@ -189,11 +189,14 @@ class CorrectedStep:
         """Mean gradient over batches, and each batch's losses at θ and at the snapshot, averaged over processes."""
         trainer, core = self._trainer, self.core
         accumulation, synchronizes = trainer.current_gradient_accumulation_steps, trainer.accelerator.sync_gradients
+        sends_buffers = getattr(model, "require_forward_param_sync", None)  # DDP: before the next forward pass
         held = self._exchanged({})
         with preserved_random_state(), preserved_buffers(self._model), trainer.accelerator.no_sync(model):
             restore_random_state(self.epoch_state)
             total, losses = self._summed(evaluate, model, weight)
         self._exchanged(held)
+        if sends_buffers is not None:
+            model.require_forward_param_sync = sends_buffers
         trainer.current_gradient_accumulation_steps = accumulation
         trainer.accelerator.gradient_state._set_sync_gradients(synchronizes)
         with torch.no_grad():

@@ -55,6 +55,15 @@ for name, changes in {
         "coefficient": trainer._sparse.correction.coefficient if trainer._sparse.correction else None,
         "reduced": [reduced.count(step) for step in range(12)],
     }
+states = []
+for changes in ({}, {"gradient_correction": "agent",
+                     "correction_args": "coefficient=fixed,value=1e-300,refresh=2,full_grad_batches=2"}):
+    trainer = oracle.make_trainer(
+        sys.argv[1], oracle.Net(0.3, True), oracle.examples(36), sparsity=0.6, per_device_train_batch_size=4,
+        num_train_epochs=2, **changes)
+    trainer.train()
+    states.append(trainer.model.state_dict())
+results["normed"] = states
 torch.save(results, os.path.join(sys.argv[1], f"world{world}-rank{os.environ.get('RANK', 0)}.pt"))
 if dist.is_initialized():
     dist.destroy_process_group()
@@ -124,6 +133,13 @@ def test_two_processes_are_one(name, runs):
     if name != "plain":
         assert first["coefficient"] == second["coefficient"] != 0
         assert first["coefficient"] == pytest.approx(alone["coefficient"], abs=1e-12)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_coefficient_of_zero_changes_no_rank(rank, runs):
+    """Bit for bit on each, running statistics included, which DDP sends around before some forward passes."""
+    plain, corrected = runs[rank]["normed"]
+    assert all(torch.equal(value, corrected[name]) for name, value in plain.items())
 
 
 def test_gradients_are_exchanged_once_a_step(runs):
