@@ -22,7 +22,8 @@ def largest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
     available = int(eligible.sum())
     if not 0 <= count <= available:
         raise ValueError(f"{count} entries cannot be chosen from {available}.")
-    ranked = torch.nan_to_num(scores.detach().float()).masked_fill(~eligible, -torch.inf)
+    wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    ranked = torch.nan_to_num(wide).masked_fill(~eligible, -torch.inf)
     order = ranked.flatten().sort(descending=True, stable=True).indices[:count]
     chosen = torch.zeros_like(eligible).flatten()
     chosen[order] = True

@@ -19,6 +19,7 @@ from hf_efcp.train.sparse_options import SparseOptions
 
 logger = logging.getLogger(__name__)
 
+_ALIKE = 0.005  # densities that differ by less are the same
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
@@ -68,7 +69,7 @@ class SparseTraining:
         if saved is not None:
             wanted = made.density()
             made.load_masks(saved)
-            if abs(made.density() - wanted) > 0.005:
+            if abs(made.density() - wanted) > _ALIKE:
                 raise ValueError(
                     f"The masks saved in {source} have sparsity {1 - made.density():.4f}, and training is to begin at "
                     f"{1 - wanted:.4f}. Give that sparsity, or new masks with `sparse_args` initial=magnitude."
@@ -180,7 +181,18 @@ class SparseTraining:
 
         Raises:
             RuntimeError: it has no masks: they would be others than those it was trained with.
+            ValueError: its masks are of another sparsity.
         """
+        made = self.sparsifier
+        wanted = None if made is None or made.method.gradual else made.density()  # gradual pruning is on its way
+        self._load_state(folder)
+        if wanted is not None and abs(made.density() - wanted) > _ALIKE:
+            raise ValueError(
+                f"{folder} was trained with sparsity {1 - made.density():.4f}, and this run asks for {1 - wanted:.4f}; "
+                "resume with the same. To change it, load the weights with from_pretrained."
+            )
+
+    def _load_state(self, folder: str) -> None:
         state = sparse_files.load_state(folder)
         if state is None or (self.sparsifier is not None and state["sparsifier"] is None):
             self._load_masks_alone(folder)
@@ -191,6 +203,8 @@ class SparseTraining:
             self.correction.core.load_state_dict(state["correction"])
             saved = sparse_files.load_random(folder, self._trainer.args.process_index)
             self.correction.epoch_state = saved or self.correction.epoch_state
+        elif self.correction is not None:
+            logger.warning("%s was trained without a correction; it begins at the second refresh from here.", folder)
 
     def _load_masks_alone(self, folder: str) -> None:
         if self.sparsifier is None:

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from hf_efcp.optim.options import closest, refuse_unknown
 from hf_efcp.sparsity import CorrectionOptions, sparse_method
+from hf_efcp.sparsity.sparsifier import INITIAL
 
 CORRECTIONS = ("none", "agent")
 _MASKING = ("initial", "include", "exclude", "densities")  # of the masks, not of the rule that changes them
@@ -53,6 +54,8 @@ class SparseOptions:
         if self.sparsity is not None:
             method = {name: value for name, value in settings.items() if name not in _MASKING}
             sparse_method(self.method, **method)
+            if settings.get("initial", "random") not in INITIAL:
+                raise ValueError(f"`initial` must be one of {', '.join(INITIAL)}, got {settings['initial']!r}.")
         object.__setattr__(self, "settings", settings)
         object.__setattr__(self, "correction", self._correction())
 

@@ -144,6 +144,11 @@ def test_pruning_and_growing_do_what_they_say(seed, size):
     assert not (left & ~more).any()
 
 
+def test_scores_in_float64_are_ranked_as_such():
+    scores = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
+    assert largest(scores, torch.ones(2, dtype=torch.bool), 1).tolist() == [False, True]
+
+
 def test_scores_that_are_no_numbers_lose():
     scores = torch.tensor([torch.nan, 1.0, 2.0, torch.nan])
     assert largest(scores, torch.ones(4, dtype=torch.bool), 2).tolist() == [False, True, True, False]

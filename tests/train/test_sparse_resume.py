@@ -97,6 +97,27 @@ def test_a_dense_checkpoint_is_refused(tmp_path):
         )
 
 
+def test_a_checkpoint_of_another_sparsity_is_refused(tmp_path):
+    """Its masks would be gone on with, whatever was asked for."""
+    data = oracle.examples()
+    oracle.make_trainer(tmp_path, oracle.Net(), data, sparsity=0.8, save_strategy="steps", save_steps=7).train()
+    with pytest.raises(ValueError, match=r"was trained with sparsity 0\.8000, and this run asks for 0\.5000"):
+        oracle.make_trainer(tmp_path, oracle.Net(), data, sparsity=0.5).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-7")
+        )
+
+
+def test_a_correction_may_begin_at_a_checkpoint(tmp_path, caplog):
+    data, given = oracle.examples(), {"sparsity": 0.8, "sparse_method": "static"}
+    oracle.make_trainer(tmp_path, oracle.Net(), data, save_strategy="steps", save_steps=5, **given).train()
+    trainer = oracle.make_trainer(tmp_path, oracle.Net(), data, **given, **AGENT)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert "begins at the second refresh" in caplog.text
+    logged = [e["agent_coefficient"] for e in trainer.state.log_history if "agent_coefficient" in e]
+    assert logged[:5] == [0.0] * 5
+    assert min(logged[5:]) > 0
+
+
 def test_a_model_saved_alone_keeps_its_masks(tmp_path, caplog):
     """`save_only_model` leaves no optimizer; the masks are beside the weights."""
     masks = []

@@ -189,6 +189,10 @@ def test_recorded_graphs_are_refused(mode, tmp_path):
     ("given", "message"),
     [
         ({"sparsity": 1.0}, r"`sparsity` must be in \[0, 1\), got 1.0"),
+        (
+            {"sparsity": 0.9, "sparse_args": "initial=big"},
+            "`initial` must be one of random, magnitude, zeros, got 'big'",
+        ),
         ({"sparsity": "high"}, r"`sparsity` must be in \[0, 1\), got 'high'"),
         ({"gradient_correction": "agent", "correction_args": "clip=0.5"}, "`clip` must be"),
         ({"sparse_method": "rigl"}, "need `sparsity`"),
