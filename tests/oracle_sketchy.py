@@ -42,14 +42,16 @@ def multiplied(gradient: Tensor, roots: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def s_shampoo(gradients: Sequence[Tensor], k: int, beta2: float, epsilon: float = 1e-7) -> list[Tensor]:
-    """Algorithm 3: the preconditioned gradient of every step; rank k ≥ d gives Shampoo."""
+def s_shampoo(
+    gradients: Sequence[Tensor], k: int, beta2: float, epsilon: float = 1e-7, update_freq: int = 1
+) -> list[Tensor]:
+    """Algorithm 3: the preconditioned gradient of every step; rank k ≥ d gives Shampoo. β₂ counts steps."""
     outputs = []
     for t, gradient in enumerate(gradients):
         roots = []
         for axis, d in enumerate(gradient.shape):
-            seen = [unfolded(g, axis) for g in gradients[: t + 1]]
-            sketch, rho, exact = frequent_directions(seen, k, beta2)
+            seen = [unfolded(g, axis) for g in gradients[: t + 1 : update_freq]]
+            sketch, rho, exact = frequent_directions(seen, k, beta2**update_freq)
             matrix = exact if k >= d else sketch + rho * torch.eye(d, dtype=torch.float64)
             roots.append(inverse_root(matrix, 2 * gradient.ndim, epsilon))
         outputs.append(multiplied(gradient, roots))

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from hf_efcp.curvature.sketch import Sketch
 
+_GROWTH = 100.0  # of a squared gradient over a full sketch, up to which the sketch alone counts
+
 
 class Root(NamedTuple):
     """An inverse root: `outside`, (…,), times what is outside `basis` (…, d, k), `inside` (…, k) within."""
@@ -36,11 +38,12 @@ def inverse_root(
     relative: bool,
     trace: Tensor | None = None,
 ) -> Root:
-    """`(C + ρI + εI)^{-1/p}`, no eigenvalue below what the gradient `G` at hand shows in its direction.
+    """`(C + ρI + εI)^{-1/p}`, for a sketch that is not full no eigenvalue below what the gradient `G` at hand shows.
 
-    With an exact update in the same step `C + ρI ⪰ GGᵀ`, and nothing changes. A sketch that is old, or not yet full,
-    has not seen some directions: there `ρ = 0` would multiply them by `ε^{-1/p}`, thousands. Kept directions count
-    as at least `‖uᵢᵀG‖²`, the others as their mean square in `G`, and while `ρ = 0` as at least the mean kept one.
+    With an exact update in the same step `C + ρI ⪰ GGᵀ`, and nothing changes. An old sketch that is not yet full has
+    not seen some directions: there `ρ = 0` would multiply them by `ε^{-1/p}`, thousands. Until `ρ > 0` or all d
+    directions are there, kept directions count as at least `‖uᵢᵀG‖²`, the others as their mean square in `G` and as
+    the mean kept one. So they do where `‖G‖²` is a hundred times all that the sketch holds.
 
     Args:
         sketch: of one axis.
@@ -55,14 +58,15 @@ def inverse_root(
     d, k = basis.shape[-2:]
     squares = s.square()
     rank = (s > 0).sum(-1)
+    is_old = ((rho == 0) & (rank < d)) | (total > _GROWTH * (squares.sum(-1) + d * rho))
     shown = torch.linalg.vector_norm(projection, dim=-1).double().square()
-    values = (squares + rho[..., None]).maximum(shown)
+    values = (squares + rho[..., None]).maximum(torch.where(is_old[..., None], shown, 0))
     tail = rho
     if trace is not None and d > k:
         tail = (trace - squares.sum(-1) - k * rho).clamp_min(0) / (d - k)
     unseen = (total - shown.sum(-1)).clamp_min(0) / (d - rank).clamp_min(1)
     mean = squares.sum(-1) / rank.clamp_min(1)
-    tail = torch.where(rho > 0, tail, mean).maximum(unseen)
+    tail = torch.where(rho > 0, tail, mean).maximum(torch.where(is_old, unseen, 0))
     damping = epsilon * values.amax(-1).maximum(tail) if relative else torch.full_like(tail, epsilon)
     power = -1 / order
     shifted = tail + damping
