@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -53,9 +54,39 @@ def squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(d for d in shape if d != 1) or (1,)
 
 
-def block_of(tensor: Tensor, block: Block) -> Tensor:
-    """The view of a block in a tensor of any memory format."""
-    return tensor.reshape(squeeze(tuple(tensor.shape)))[block.slices]
+class Slices(NamedTuple):
+    """What is not zero of an axis: a batch of sentences has few of a vocabulary's words.
+
+    Attributes:
+        axis: of the tensor, counted without a batch's.
+        index: (count,) int64, ascending.
+        length: of the whole axis.
+    """
+
+    axis: int
+    index: Tensor
+    length: int
+
+    def spread(self, kept: Tensor) -> Tensor:
+        """A batch (n, …) with the zeros that were left out."""
+        axis = self.axis + 1
+        whole = kept.new_zeros(*kept.shape[:axis], self.length, *kept.shape[axis + 1 :])
+        return whole.index_copy_(axis, self.index, kept)
+
+
+def without_zeros(batch: Tensor, slices: Slices | None) -> Tensor:
+    """A batch (n, …) without the slices that are zero."""
+    return batch if slices is None else batch.index_select(slices.axis + 1, slices.index)
+
+
+def find_slices(gradient: Tensor, axis: int) -> Slices | None:
+    """The slices that are not zero, where they are at most half of the axis and at least one. Waits for the device."""
+    others = tuple(other for other in range(gradient.ndim) if other != axis)
+    if not others:
+        return None
+    is_zero = (gradient.amax(others) == 0) & (gradient.amin(others) == 0)
+    index = (~is_zero).nonzero().squeeze(1)
+    return Slices(axis, index, len(is_zero)) if 0 < 2 * len(index) <= len(is_zero) else None
 
 
 def _cuts(d: int, size: int) -> list[slice]:

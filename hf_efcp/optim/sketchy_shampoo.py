@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efcp.optim.grafting import graft_, graft_norm, graft_state, graft_step, update_moments_
+from hf_efcp.optim.grafting import Moments, graft_, graft_norm, graft_state, graft_step, update_moments_
+from hf_efcp.optim.momentum import Momentum, momentum_step_, step_
 from hf_efcp.optim.options import check_options
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
-from hf_efcp.optim.partition import long_axes, partition, squeeze
+from hf_efcp.optim.partition import Slices, find_slices, long_axes, partition, without_zeros
 from hf_efcp.optim.sketch_state import BlockSketches, compute_dtype, new_sketches
 from hf_efcp.optim.sketchy_options import SHAMPOO_OPTIONS
 
-_BATCH_NUMEL = 1 << 26  # entries of equal shapes that are preconditioned together off the CPU: 256 MB a copy
+_BATCH_NUMEL = 1 << 26  # entries of equal shapes that are stepped together off the CPU: 256 MB a copy
+_CPU_BATCH_NUMEL = 1 << 17
 
 
 class SketchyShampoo(ParameterwiseOptimizer):
@@ -45,7 +47,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         grafting: whose step's length a tensor takes: `"none"`, `"sgd"`, `"rmsprop"`, `"adafactor"` (little memory) or
             `"rms"`, a root mean square of 0.25.
         momentum, nesterov: heavy ball after grafting; 0.9 makes steps ten times as long as AdamW's at the same rate.
-        ema: `m ← momentum·m + (1 − momentum)·u`, whose steps keep their length.
+        ema: `m ← momentum·m + (1 − momentum)·u`, corrected for its start at zero, whose steps keep their length.
         weight_decay: decoupled, as AdamW's.
         block_size: cut axes into blocks with sketches of their own; costs memory, unlike in Shampoo.
         max_dim: axes longer than this get no sketch, and their slices have each the length of the graft step's.
@@ -109,11 +111,11 @@ class SketchyShampoo(ParameterwiseOptimizer):
         group_of = {p: group for group in self.param_groups for p in group["params"]}
         for params in self._batches():
             there = accept.to(params[0].device)
-            gradients = self._gradients(params, there)
+            slices = self._slices(params, there)
+            gradients = self._gradients(params, there, slices)
             directions = self._directions(params, gradients, there)
-            for p, gradient, direction in zip(params, gradients, directions, strict=True):
-                self._apply(p, self._length(p, gradient, direction, there), group_of[p], there)
-                self.state[p]["step"] += 1
+            updates = self._lengths(params, gradients, directions, there, slices)
+            self._apply(params, updates, group_of, there, slices)
 
     def _batches(self) -> list[list[Tensor]]:
         """Parameters with a gradient, those of equal shape together where that saves launches."""
@@ -122,7 +124,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
             if p.grad is None or not p.numel() or p not in self._owners:
                 continue
             room = self._batch_size(p)
-            key = (p.device, squeeze(tuple(p.shape)), int(self.state[p]["step"]))
+            key = (p.device, p.shape, int(self.state[p]["step"]))
             filling = batches.setdefault(key, [[]])
             if len(filling[-1]) == room:
                 filling.append([])
@@ -130,72 +132,95 @@ class SketchyShampoo(ParameterwiseOptimizer):
         return [batch for filled in batches.values() for batch in filled]
 
     def _batch_size(self, parameter: Tensor) -> int:
-        """On the CPU one: a batch there is a loop, and a copy of the gradients."""
-        return 1 if parameter.device.type == "cpu" else max(1, _BATCH_NUMEL // parameter.numel())
+        """On the CPU few entries: a batch's products are a loop there, and what does not fit its cache is slow."""
+        room = _CPU_BATCH_NUMEL if parameter.device.type == "cpu" else _BATCH_NUMEL
+        return max(1, room // parameter.numel())
 
-    def _gradients(self, params: list[Tensor], accept: Tensor) -> Tensor:
-        """(n, *shape without axes of length 1); zero where the step is not accepted. One may be `p.grad` itself."""
+    def _slices(self, params: list[Tensor], accept: Tensor) -> Slices | None:
+        """What is not zero of a vocabulary: other words need no work. Off the CPU it would wait for the device."""
+        options, shape = self.defaults, tuple(params[0].shape)
+        axes = long_axes(shape, options["block_size"], options["max_dim"])
+        is_first = int(self.state[params[0]]["step"]) < options["start_preconditioning_step"]
+        if len(params) > 1 or len(axes) != 1 or is_first or not self._reads(accept) or len(self._blocks(params[0])) > 1:
+            return None
+        return find_slices(params[0].grad, *axes)
+
+    def _gradients(self, params: list[Tensor], accept: Tensor, slices: Slices | None) -> Tensor:
+        """(n, *shape), without what is zero; zero where the step is not accepted. One may be `p.grad` itself."""
         dtype = compute_dtype(self.defaults)
-        shape = squeeze(tuple(params[0].shape))
-        gradients = [p.grad.to(dtype).contiguous().view(shape) for p in params]
-        stacked = gradients[0][None] if len(params) == 1 else torch.stack(gradients)
+        if len(params) == 1:
+            stacked = without_zeros(params[0].grad[None], slices).to(dtype).contiguous()
+        else:
+            stacked = torch.stack([p.grad.to(dtype) for p in params])
         return stacked if self._reads(accept) else torch.where(accept, stacked, 0)
 
     def _directions(self, params: list[Tensor], gradients: Tensor, accept: Tensor) -> Tensor:
+        """Preconditioned gradients, of the same shape."""
         options = self.defaults
         states = [self.state[p] for p in params]
         count = int(states[0]["step"])
         blocks = self._blocks(params[0])
+        lengths = [d for d, whole in zip(gradients.shape[1:], params[0].shape, strict=True) if whole != 1]
+        squeezed = gradients.view(len(params), *(lengths or [1]))
         parts = []
         for number, block in enumerate(blocks):
-            part = gradients[(slice(None), *block.slices)]
+            part = squeezed[(slice(None), *block.slices)]
             sketches = BlockSketches(states, number, block, options, self._mask(accept))
             projections = sketches.update(part, seed=count) if count % options["update_freq"] == 0 else None
             parts.append(sketches.precondition(part, projections))
         if len(parts) == 1:
-            return parts[0]
-        directions = torch.empty_like(gradients)
+            return parts[0].reshape(gradients.shape)
+        directions = torch.empty_like(squeezed)
         for part, block in zip(parts, blocks, strict=True):
             directions[(slice(None), *block.slices)] = part
-        return directions
+        return directions.view(gradients.shape)
 
-    def _length(self, p: Tensor, gradient: Tensor, direction: Tensor, accept: Tensor) -> Tensor:
-        """The direction at the length of the graft step; that step itself at first."""
-        options, state = self.defaults, self.state[p]
-        kind, beta2, count = options["grafting"], options["beta2"], int(state["step"])
-        gradient, update = gradient.view(p.shape), direction.reshape(p.shape)
+    def _lengths(
+        self, params: list[Tensor], gradients: Tensor, directions: Tensor, accept: Tensor, slices: Slices | None
+    ) -> Tensor:
+        """The directions at the lengths of the graft steps; those steps themselves at first."""
+        options, states = self.defaults, [self.state[p] for p in params]
+        kind, beta2, count = options["grafting"], options["beta2"], int(states[0]["step"])
         correction = 1.0 if beta2 == 1 else 1 - beta2 ** (count + 1)
         square = None
         if kind in ("rmsprop", "adafactor"):
-            square = gradient.square()
-            update_moments_(state, square, beta2, self._mask(accept))
+            square = gradients.square()
+            update_moments_(states, square, beta2, self._mask(accept), slices)
+        if kind == "none" and count >= options["start_preconditioning_step"]:
+            return directions
+        moments = Moments.of(states, slices, params[0].ndim)
         if count < options["start_preconditioning_step"]:
-            return graft_step(kind, state, gradient, correction)
-        if kind == "none":
-            return update
-        each = long_axes(tuple(p.shape), options["block_size"], options["max_dim"])
-        return graft_(update, graft_norm(kind, state, gradient, square, correction, each), each)
+            return graft_step(kind, moments, gradients, correction)
+        each = long_axes(tuple(params[0].shape), options["block_size"], options["max_dim"])
+        return graft_(directions, graft_norm(kind, moments, gradients, square, correction, each), each)
 
-    def _apply(self, p: Tensor, update: Tensor, group: dict[str, Any], accept: Tensor) -> None:
+    def _apply(
+        self,
+        params: list[Tensor],
+        updates: Tensor,
+        group_of: dict[Tensor, dict[str, Any]],
+        accept: Tensor,
+        slices: Slices | None,
+    ) -> None:
         """Momentum, decay and the step; an update that overflowed moves nothing but the decay."""
-        lr, decay, state = group["lr"], group["weight_decay"], self.state[p]
-        if lr and decay:
-            p.mul_(1 - lr * decay * accept.double())
-        finite = update.sum().isfinite() & accept
-        if self._reads(finite) and not finite:
-            return
+        finite = updates.reshape(len(params), -1).sum(1).isfinite() & accept
+        known = finite.tolist() if self._reads(finite) else None
+        count = int(self.state[params[0]]["step"]) + 1
         factor = self.param_groups[0]["momentum"]  # OneCycleLR writes it there
-        if "momentum" in state:
-            buffer = state["momentum"]
-            update = update * (1 - factor) if self.defaults["ema"] else update
-            moved = buffer.to(update.dtype).mul(factor).add_(update)
-            update = update.add(moved, alpha=factor) if self.defaults["nesterov"] else moved
-            buffer.copy_(self._unless(finite, moved, buffer))
-        p.add_(self._unless(finite, update, update.new_zeros(())), alpha=-lr)
+        rule = Momentum.of(factor, self.defaults["nesterov"], self.defaults["ema"], count)
+        for i, (p, update) in enumerate(zip(params, updates, strict=True)):
+            lr, decay, state = group_of[p]["lr"], group_of[p]["weight_decay"], self.state[p]
+            if lr and decay:
+                p.mul_(1 - lr * decay * accept.double())
+            state["step"] += 1
+            if known and not known[i]:
+                continue
+            mask = None if known else finite[i]
+            if "momentum" in state:
+                momentum_step_(p, state["momentum"], update, lr, rule, mask, slices)
+            else:
+                step_(p, update, lr, mask, slices)
 
     def _mask(self, accept: Tensor) -> Tensor | None:
         """`accept`, where the host has not seen already that it is true."""
         return None if self._reads(accept) else accept
-
-    def _unless(self, accept: Tensor, new: Tensor, old: Tensor) -> Tensor:
-        return new if self._reads(accept) else torch.where(accept, new, old)

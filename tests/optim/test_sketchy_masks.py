@@ -52,3 +52,29 @@ def test_batches_of_equal_shapes_do_what_each_alone_does(cls, options, monkeypat
     for room in (2, 100):
         monkeypatch.setattr(cls, "_batch_size", lambda self, parameter, room=room: room)
         torch.testing.assert_close(run(cls, options, steps=3)[0], expected, rtol=1e-4, atol=1e-5)  # order of sums
+
+
+@pytest.mark.parametrize("kind", ["none", "sgd", "rmsprop", "adafactor", "rms"])
+@pytest.mark.parametrize("shape", [(60, 20), (20, 60), (60, 3, 4), (3, 60, 4), (60,)], ids=str)
+@pytest.mark.parametrize(
+    "momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": False, "ema": True}], ids=str
+)
+def test_words_that_do_not_occur_change_nothing(kind, shape, momentum, monkeypatch):
+    """A vocabulary's gradient without its zeros: the same weights and state as with them."""
+    axis = shape.index(60)
+
+    def run_words():
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(shape, generator=generator))
+        optimizer = SketchyShampoo([weight], 0.1, rank=4, max_dim=50, grafting=kind, weight_decay=0.1, **momentum)
+        for step in range(5):
+            words = torch.randperm(60, generator=generator)[: 9 if step != 2 else 40]
+            drawn = torch.randn(shape, generator=generator)
+            weight.grad = torch.zeros(shape).index_copy(axis, words, drawn.index_select(axis, words))
+            optimizer.step()
+        state = {name: x for name, x in optimizer.state[weight].items() if not name.startswith("basis")}
+        return weight.detach(), state
+
+    found = run_words()
+    monkeypatch.setattr(SketchyShampoo, "_slices", lambda *_: None)
+    torch.testing.assert_close(found, run_words(), rtol=1e-4, atol=1e-5)  # order of sums
