@@ -1,7 +1,7 @@
 """Whether an optimizer does better than AdamW on real tasks, at AdamW's learning rate and at its own best.
 
     python scripts/bench_quality.py --budget 60                     # go on with the whole table for an hour
-    python scripts/bench_quality.py --budget 0 --report README.md   # tables and pictures of what was run
+    python scripts/bench_quality.py --budget 0 --report README.md   # tables, pictures, cards of what was run
     python scripts/bench_quality.py --optimizers efcp_mfac --rates adamw --seeds 0 1 2 --tasks trec digits
     python scripts/bench_quality.py --optimizers efcp_mfac --rates adamw --option window=64 --option damping=3
     python scripts/bench_quality.py --optimizers efcp_mfac --rates 2e-4 --tasks trec --stop 40   # a screen
@@ -27,11 +27,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from quality_pictures import draw
+from quality_pictures import draw, draw_overview
 from quality_report import full_report, update_readme
 from quality_rivals import BASELINE, RIVALS
 from quality_runs import REPOSITORY, TASKS, Run, append, find, load_task, read, train
 from quality_tables import best, by_rate
+from result_cards import CARDS, is_published, write_quality
 from text_tasks import Sources, minilm
 from transformers.utils import logging
 
@@ -39,7 +40,7 @@ from hf_efcp.optim.optim_args import parse_optim_args
 from hf_efcp.optim.registry import list_optimizers
 
 RESULTS = REPOSITORY / "scripts" / "results"
-PICTURE = REPOSITORY / "scripts" / "figures" / "quality.png"
+PICTURE, OVERVIEW = (REPOSITORY / "scripts" / "figures" / name for name in ("quality.png", "overview.png"))
 RATES = ("grid", "adamw", "own")
 
 
@@ -137,7 +138,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--models", type=Path, default=REPOSITORY.parent / "shared" / "models")
     parser.add_argument("--encoder", default=minilm(), help="folder or hub id of MiniLM")
-    parser.add_argument("--report", type=Path, metavar="README", help="write tables and pictures of --file, here too")
+    parser.add_argument("--report", type=Path, metavar="README", help="write tables, pictures and cards of --file")
     options = parser.parse_args()
     options.sources = Sources(options.data, options.models, options.encoder)
     options.deadline = time.time() + 60 * options.budget
@@ -162,7 +163,10 @@ def main() -> None:
     print(full_report(records))
     if options.report:
         draw(records, PICTURE)
+        draw_overview(records, OVERVIEW)
         update_readme(options.report, records)
+        for task in filter(lambda name: is_published(records, name), TASKS):
+            write_quality(records, task, CARDS)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Keep the card of a run in `model_cards/`, with its pictures and the log that its figures are from.
+"""Write cards to `model_cards/`: of a run, with its pictures and its log, or of every published result from its log.
 
 python scripts/demo.py
 python scripts/publish_card.py out/demo/model digits-vit-efcp
-cp out/demo/loss_curves.png model_cards/digits-vit-efcp/figures/   # AdamW's beside it
+python scripts/publish_card.py --results    # `bench_quality.py --report` does it too
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-CARDS = Path(__file__).parents[1] / "model_cards"
+from result_cards import CARDS, write_results
+
 KEPT = ("README.md", "trainer_state.json", "figures")
 
 
@@ -37,10 +38,13 @@ def publish(run: Path, name: str, cards: Path = CARDS) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="output_dir of a run with its card")
-    parser.add_argument("name", help="of the folder in model_cards/")
+    parser.add_argument("run", type=Path, nargs="?", help="output_dir of a run with its card")
+    parser.add_argument("name", nargs="?", help="of the folder in model_cards/")
+    parser.add_argument("--results", action="store_true", help="every result that has a log in scripts/results")
     options = parser.parse_args()
-    print(publish(options.run, options.name))
+    if options.results == bool(options.run) or bool(options.run) != bool(options.name):
+        parser.error("give a run and a name, or --results")
+    print(*(write_results() if options.results else [publish(options.run, options.name)]), sep="\n")
 
 
 if __name__ == "__main__":

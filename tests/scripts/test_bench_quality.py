@@ -10,7 +10,7 @@ import quality_runs
 import torch
 from bench_quality import RESULTS, main
 from matplotlib.image import imread
-from quality_pictures import draw
+from quality_pictures import draw, draw_overview
 from quality_report import BEGIN, END, published, study, update_readme
 from quality_runs import REPOSITORY, Run, find, read
 from quality_tables import best, by_rate, gained, per_task, result_of, seconds_to, steps_to, summary, whole, width
@@ -176,6 +176,12 @@ def test_picture_has_a_panel_a_task(tmp_path):
     runs = [*grid("adamw_torch", [0.7, 0.8, 0.8, 0.7]), record("efcp_mfac", settings={"window": 32})]
     draw(runs, tmp_path / "quality.png")
     assert imread(tmp_path / "quality.png").shape[:2] == (5.2 * 2 * 80, 3.2 * 5 * 80)
+
+
+def test_overview_has_a_panel_for_each_task_that_was_run_and_one_for_memory(tmp_path):
+    runs = [*grid("adamw_torch", [0.7, 0.8, 0.8, 0.7]), record("efcp_mfac", settings={"window": 32})]
+    draw_overview(runs, tmp_path / "overview.png")
+    assert imread(tmp_path / "overview.png").shape[:2] == (round(2.9 * 110), round(5.4 * 110))
 
 
 def test_study_divides_by_the_defaults_of_the_same_seed():
