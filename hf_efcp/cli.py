@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import io
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -197,7 +198,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="hf-efcp", description=__doc__.replace("`", ""))
+    parser = _Parser(prog="hf-efcp", description=str(__doc__).replace("`", ""))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="the optimizers: name, summary, paper")
     listing.set_defaults(text=lambda arguments: list_text())
@@ -259,12 +260,18 @@ def _add_compare(commands: Any) -> None:
     compare.set_defaults(text=_compare)
 
 
+def _are_the_launchers(words: Sequence[str]) -> bool:
+    """Whether options that the launcher has too stand before a `run`, so that it is the command."""
+    options = "".join(f"{word}\0" for word in words)
+    return re.fullmatch(r"(--debug\0|--optimizers[=\0][^\0]+\0)*", options) is not None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code; a wrong command line exits with 2 and one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no λ still gets the text
-    if "run" in argv and set(argv[: argv.index("run")]) <= {"--debug"}:
+    if "run" in argv and _are_the_launchers(argv[: argv.index("run")]):
         from hf_efcp.run import main as run
 
         place = argv.index("run")

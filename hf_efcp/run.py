@@ -24,18 +24,21 @@ options:
   --gradient_correction agent  let every Trainer correct its gradients as AGENT does, sparse or not
   --correction_args K=V,…    settings of it: coefficient, gamma, refresh, full_grad_batches, …
   --adversary NAME[:K=V,…]   let every Trainer train on adversarial images: fgsm or pgd
-  --debug                    show where an error of the launcher comes from
+  --debug                    show where an error of hf_efcp comes from; those of the script are always shown whole
   --help                     print this and leave
 """
 
 from __future__ import annotations
 
 import importlib.util
+import linecache
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hf_efcp.optim.options import closest
 from hf_efcp.optim.registry import load_optimizers
@@ -80,7 +83,7 @@ def parse(argv: Sequence[str]) -> Command:
         elif name == "--explain":
             command.texts.append(lambda optimizer=value: _explain_text(optimizer))
         elif name in ("--help", "-h"):
-            command.texts.append(lambda: __doc__)
+            command.texts.append(lambda: str(__doc__))
         elif name in ("--metrics", "--debug"):
             setattr(command, name.removeprefix("--"), True)
         elif name == "--optimizers":
@@ -102,7 +105,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command line; errors of the launcher itself leave with status 2."""
+    """Run a command line; what this package refuses leaves with status 2 and one line on stderr."""
     command = Command()
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
@@ -118,7 +121,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"hf_efcp.run: {error}\n")
         raise SystemExit(2) from None
-    _run(command)
+    try:
+        _run(command)
+    except Exception as error:
+        if command.debug or not _is_refusal(error):
+            raise
+        sys.stderr.write(f"hf_efcp.run: {error} (--debug before the script shows where)\n")
+        raise SystemExit(2) from None
     _leave_process_group()
 
 
@@ -159,7 +168,7 @@ def _prepare_sparse(command: Command) -> None:
     from hf_efcp.train import train_sparsely
     from hf_efcp.train.adversary import make_adversary
 
-    options = dict(command.sparse)
+    options: dict[str, Any] = dict(command.sparse)
     if command.trainer == "transformers":
         raise ValueError(f"`--{next(iter(options))}` needs the Trainer of hf_efcp; leave out `--trainer transformers`.")
     if "sparsity" in options:
@@ -180,6 +189,18 @@ def _run(command: Command) -> None:
         # As `python script.py` does: example scripts import their neighbours.
         sys.path.insert(0, os.path.dirname(os.path.abspath(command.script[0])))
         runpy.run_path(command.script[0], run_name="__main__")
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether a `raise` of this package made it: an option that does not fit, a Hub that takes nothing.
+
+    Errors of the script, and faults that nobody foresaw, keep their traceback.
+    """
+    frames = list(traceback.walk_tb(error.__traceback__))
+    frame, line = frames[-1]
+    file = frame.f_code.co_filename
+    is_ours = file.startswith(os.path.dirname(os.path.abspath(__file__)) + os.sep)
+    return is_ours and linecache.getline(file, line).lstrip().startswith("raise ")
 
 
 def _leave_process_group() -> None:

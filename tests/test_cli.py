@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hf_efcp.cli import explain_text, list_text, main
+from hf_efcp.cli import _parser, explain_text, list_text, main
 from hf_efcp.optim.registry import get_spec, list_optimizers
 
 NAMES = list_optimizers()
@@ -94,10 +94,46 @@ def test_list_and_explain_need_torch_alone():
     assert "efcp_mfac" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["explain", "memory", "plot", "compare"])
+def test_help_explains_every_argument(command, capsys):
+    """With its default where it has one."""
+    (commands,) = [action for action in _parser()._actions if action.dest == "command"]
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for action in commands.choices[command]._actions:
+        assert action.help
+        assert " ".join(str(action.help).split()) in text
+        assert (action.option_strings or [action.metavar])[0] in text
+    if command in ("memory", "compare"):
+        assert "(default: " in text
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for command in ("list", "explain", "memory", "plot", "compare", "run"):
+        assert re.search(rf"^    {command} +\w", text, re.MULTILINE)
+    assert "--debug" in text
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="Did you mean"):
+        main(["--debug", "explain", "efcp_mfca"])
+    with pytest.raises(ValueError, match="Did you mean"):
+        main(["explain", "efcp_mfca", "--debug"])
+
+
 def test_run_hands_its_arguments_to_the_launcher(monkeypatch):
     """Flags of the script, and of the launcher, are not the console script's."""
     run = pytest.importorskip("hf_efcp.run")
     seen = []
     monkeypatch.setattr(run, "main", lambda argv: seen.append(argv))
     assert main(["run", "--patch-adamw", "efcp_mfac", "script.py", "--help"]) == 0
-    assert seen == [["--patch-adamw", "efcp_mfac", "script.py", "--help"]]
+    assert main(["--debug", "--optimizers", "mine.py", "run", "script.py"]) == 0
+    assert seen == [
+        ["--patch-adamw", "efcp_mfac", "script.py", "--help"],
+        ["--debug", "--optimizers", "mine.py", "script.py"],
+    ]

@@ -15,7 +15,7 @@ from transformers import trainer
 from hf_efcp import list_optimizers
 from hf_efcp.adamw_patch import adamw_replacement, patch_adamw
 from hf_efcp.optim import MFAC, get_spec
-from hf_efcp.run import main, parse
+from hf_efcp.run import _OPTIONS, main, parse
 from hf_efcp.train import EfcpMetricsCallback
 
 TRAINER_SCRIPT = """
@@ -209,6 +209,34 @@ def test_mistakes_are_answered_in_a_line(words, message, capsys, adamw):
     assert torch.optim.AdamW is adamw
 
 
+REFUSED = """
+import sys
+from hf_efcp import create_optimizer
+from hf_efcp.train import EfcpTrainingArguments
+
+if "own" in sys.argv:
+    raise ValueError("of the script")
+EfcpTrainingArguments("out", optim="efcp_mfac", optim_args={"widow": 3}, use_cpu=True)
+"""
+
+
+def test_what_is_refused_while_the_script_runs_is_a_line_too(tmp_path, capsys, monkeypatch):
+    """Not what the script itself raises, whose traceback its author needs."""
+    monkeypatch.setattr(sys, "argv", [])
+    script = tmp_path / "refused.py"
+    script.write_text(REFUSED)
+    with pytest.raises(SystemExit) as leaving:
+        main([str(script)])
+    captured = capsys.readouterr()
+    assert leaving.value.code == 2
+    assert captured.err.count("\n") == 1
+    assert "Did you mean `window`" in captured.err
+    with pytest.raises(ValueError, match="Did you mean `window`"):
+        main(["--debug", str(script)])
+    with pytest.raises(ValueError, match="of the script"):
+        main([str(script), "own"])
+
+
 def test_list_and_explain(capsys):
     main(["--list"])
     listed = capsys.readouterr().out
@@ -220,9 +248,7 @@ def test_list_and_explain(capsys):
 def test_help_names_every_option(capsys):
     main(["--help"])
     text = capsys.readouterr().out
-    options = ["--list", "--explain", "--patch-adamw", "--trainer", "--sparsity", "--sparse_method", "--sparse_args"]
-    options += ["--gradient_correction", "--correction_args", "--adversary", "--help", "torchrun", "accelerate launch"]
-    for option in options:
+    for option in (*_OPTIONS, "torchrun", "accelerate launch"):
         assert option in text
 
 
