@@ -26,7 +26,8 @@ def treatment_text(
         others = [other for other in list_optimizers() if hasattr(get_spec(other).cls, "explain_parameters")]
         raise ValueError(f"`{name}` treats all parameters alike; `--model` tells them apart for {', '.join(others)}.")
     model, origin = meta_model(source, model_class=model_class, dtype=dtype)
-    told = create_optimizer(name, model, lr=1e-3, **options).explain_parameters()
+    optimizer: Any = create_optimizer(name, model, lr=1e-3, **options)
+    told = optimizer.explain_parameters()
     count = sum(p.numel() for p in model.parameters())
     head = f"{type(model).__name__}, {count:,} parameters ({origin})"
     return "\n".join([head, "", *_totals(model, told), "", *_rows(model, told)])

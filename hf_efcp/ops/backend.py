@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "HF_EFCP_BACKEND"
 _ALLOWED = ("torch", "numba", "triton")
 
-Function = TypeVar("Function", bound=Callable)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def on_backend(function: Function) -> Function:
@@ -35,7 +35,7 @@ def on_backend(function: Function) -> Function:
     def call(tensor, *args, **kwargs):
         return getattr(backend_of(tensor), function.__name__, function)(tensor, *args, **kwargs)
 
-    return call
+    return cast("Function", call)
 
 
 def backend_of(tensor: Tensor) -> ModuleType:
@@ -59,13 +59,14 @@ def cpu_backend() -> ModuleType:
     wanted = _wanted()
     if wanted == "triton":
         backend = _imported("triton", required=True)
-        if not backend.INTERPRETED:
+        if not getattr(backend, "INTERPRETED", False):
             raise RuntimeError(
                 f"`{VARIABLE}=triton` needs tensors on a CUDA device, and these are on the CPU. Leave the variable "
                 "unset, or set TRITON_INTERPRET=1 before Triton is imported to run its kernels in the interpreter."
             )
     else:
-        backend = torch_ops if wanted == "torch" else _imported("numba", required=wanted == "numba") or torch_ops
+        backend = _imported("numba", required=wanted == "numba") if wanted != "torch" else None
+    backend = backend or torch_ops
     logger.debug("Window operations on the CPU run on %s.", _name(backend))
     return backend
 

@@ -6,6 +6,8 @@ import; that is how they are tested without a device.
 
 from __future__ import annotations
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# Numbers stand for `tl.constexpr` at a launch, whose own options no signature has.
 from typing import Any
 
 import torch

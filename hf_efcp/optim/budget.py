@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def fit_budget(cls: type[Optimizer], params: list[Tensor], options: Mapping[str,
     budget = parse_bytes(options["memory_budget"], params)
     shadows = [torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in params]
     best: dict[str, Any] = {}
-    smallest = 0
+    size = smallest = 0
     for formats in _FORMATS:
         for window in _WINDOWS:
             picked = {**options, **formats, "window": window, "density": 0.01, "memory_budget": None}
@@ -87,7 +87,7 @@ def fit_budget(cls: type[Optimizer], params: list[Tensor], options: Mapping[str,
     return best
 
 
-def count_bytes(cls: type[Optimizer], params: list[Tensor], options: Mapping[str, Any]) -> int:
+def count_bytes(cls: type[Optimizer], params: Sequence[Tensor], options: Mapping[str, Any]) -> int:
     """Bytes of all that lives between steps, counted on the meta device; `params` must be there."""
     optimizer = cls(params, **{**options, "state_device": None})  # which would be a real device, with real tensors
     optimizer.materialize_state()

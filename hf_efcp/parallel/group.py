@@ -94,6 +94,7 @@ def planned(size: int, rank: int = 0) -> Iterator[None]:
 
 def world() -> Group:
     """All processes of the program; this one alone where `torch.distributed` is not set up."""
-    if _planned.get() is not None:
-        return _planned.get()
+    planned = _planned.get()
+    if planned is not None:
+        return planned
     return Group(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else Group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -62,7 +62,7 @@ class EfcpTrainingArguments(TrainingArguments):
         if isinstance(self.optim_args, Mapping):
             self.optim_args = format_optim_args(self.optim_args)
         super().__post_init__()
-        name = self.optim.value
+        name = getattr(self.optim, "value", self.optim)
         if name in list_optimizers():
             resolve_for_trainer(get_spec(name), self.learning_rate, parse_optim_args(self.optim_args))
         sparse_options(self)
@@ -73,4 +73,4 @@ class EfcpTrainingArguments(TrainingArguments):
         # `training_args.bin` goes to the Hub with the model and must load where this package is not installed.
         plain = object.__new__(TrainingArguments)
         plain.__dict__.update(self.__dict__)
-        return plain.__reduce_ex__(1)  # the newer protocols insist on the object's own class
+        return cast("tuple[Any, ...]", plain.__reduce_ex__(1))  # the newer protocols insist on the object's own class

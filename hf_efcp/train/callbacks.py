@@ -40,15 +40,16 @@ class EfcpCallback(TrainerCallback):
             return
         self._skipped = optimizer.skipped_steps
         scaler = getattr(kwargs["optimizer"], "scaler", None)  # accelerate's, in fp16
-        if scaler is not None and hasattr(optimizer, "use_scaler"):
-            optimizer.use_scaler(scaler)
-        if hasattr(model, "add_model_tags"):
+        use_scaler = getattr(optimizer, "use_scaler", None)
+        if scaler is not None and use_scaler is not None:
+            use_scaler(scaler)
+        if model is not None and hasattr(model, "add_model_tags"):
             model.add_model_tags([TAG, optimizer_name(args, optimizer)])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = own_optimizer(kwargs.get("optimizer"))
+        optimizer: Any = own_optimizer(kwargs.get("optimizer"))
         if hasattr(optimizer, "record_metrics"):
             optimizer.record_metrics = will_log(args, state)
 
@@ -72,7 +73,7 @@ class EfcpCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        optimizer = own_optimizer(kwargs.get("optimizer"))
+        optimizer: Any = own_optimizer(kwargs.get("optimizer"))
         if optimizer is None or logs is None or "loss" not in logs:
             return
         figures = optimizer.metrics()
@@ -112,7 +113,7 @@ class EfcpMetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = own_optimizer(kwargs.get("optimizer"))
+        optimizer: Any = own_optimizer(kwargs.get("optimizer"))
         if hasattr(optimizer, "diagnostics"):
             optimizer.logs_diagnostics = True
         elif state.is_world_process_zero:
@@ -122,7 +123,7 @@ class EfcpMetricsCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = own_optimizer(kwargs.get("optimizer"))
+        optimizer: Any = own_optimizer(kwargs.get("optimizer"))
         if hasattr(optimizer, "diagnostics"):
             optimizer.logs_diagnostics = False
 

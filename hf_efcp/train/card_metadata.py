@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +73,17 @@ def base_model_id(finetuned_from: str | None, model: torch.nn.Module) -> str | N
 
 
 def known_data_sets(
-    trainer: Trainer, ids: list[str], names: list[str], configs: list[str]
+    trainer: Trainer, ids: list[str], names: list[str], configs: Sequence[str | None]
 ) -> list[dict[str, str | None]]:
     """Each data set; what nobody said about them is taken from the evaluation data."""
     held = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     info, split = getattr(held, "info", None), getattr(held, "split", None)
     loaded_as = getattr(info, "dataset_name", None)
     if not ids and not names and loaded_as and loaded_as not in _FILE_FORMATS:
-        names, configs = [loaded_as], [info.config_name]
-    count = max(len(ids), len(names))
-    ids, names, configs = (values + [None] * (count - len(values)) for values in (ids, names, configs))
+        names, configs = [loaded_as], [getattr(info, "config_name", None)]
     found = []
-    for hub_id, name, config in zip(ids, names, configs[:count], strict=True):
-        shown = name or hub_id
-        shown = shown if name and not _is_path(name) else Path(shown).name
+    for hub_id, name, config in islice(zip_longest(ids, names, configs), max(len(ids), len(names))):
+        shown = name if name and not _is_path(name) else Path(name or hub_id).name
         hub_id = hub_id if is_hub_id(hub_id) else None
         kind = hub_id or shown.lower().replace(" ", "-")
         found.append(
@@ -100,7 +98,8 @@ def _is_path(name: str) -> bool:
 
 def hub_tasks(model: torch.nn.Module, given: str | list[str] | None) -> list[str]:
     """The Hub's names of what the model does; those that are given, else from its class."""
-    kind = type(model.get_base_model() if hasattr(model, "peft_config") else model).__name__
+    base = getattr(model, "get_base_model", None)
+    kind = type(base() if base is not None and hasattr(model, "peft_config") else model).__name__
     return listed(given) or [task for ending, task in _TASKS.items() if kind.endswith(ending)]
 
 

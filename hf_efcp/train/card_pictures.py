@@ -52,6 +52,7 @@ def write_pictures(folder: Path, trainer: Trainer, optimizer: OptimizerRecord) -
 
 
 def _megabytes(trainer: Trainer, optimizer: OptimizerRecord) -> dict[str, float]:
+    assert trainer.model is not None
     parameters = list(trainer.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     sizes = {

@@ -65,7 +65,7 @@ def _wrap(owner: type, name: str, wrapper: Callable[[Any, Any], contextlib.Abstr
         with wrapper(trainer, folder):
             return method(trainer, folder)
 
-    wrapped.is_wrapped = True
+    setattr(wrapped, "is_wrapped", True)  # noqa: B010 - a function has no such attribute for a type checker
     setattr(owner, name, wrapped)
 
 

@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
+from torch.optim import Optimizer
 from transformers import Trainer
 
 from hf_efcp.train.callbacks import TAG
@@ -71,7 +72,8 @@ def write_model_card(
     Returns:
         The card's path.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), trainer.model
+    assert model is not None  # before training a Trainer with `model_init` has built one already
     data_sets = known_data_sets(trainer, listed(dataset_tags), listed(dataset), listed(dataset_args))
     optimizer = _optimizer_record(trainer)
     rows = log_rows(trainer.state.log_history)
@@ -79,20 +81,20 @@ def write_model_card(
     metadata = ModelCardData(
         language=language,
         license=license,
-        library_name="peft" if hasattr(trainer.model, "peft_config") else "transformers",
-        base_model=base_model_id(finetuned_from, trainer.model),
+        library_name="peft" if hasattr(model, "peft_config") else "transformers",
+        base_model=base_model_id(finetuned_from, model),
         datasets=[d["id"] for d in data_sets if d["id"]] or None,
         tags=[TAG, optimizer.name, "generated_from_trainer", *listed(tags)],
-        pipeline_tag=next(iter(hub_tasks(trainer.model, tasks)), None),
+        pipeline_tag=next(iter(hub_tasks(model, tasks)), None),
         model_name=name,
-        eval_results=eval_results(rows, hub_tasks(trainer.model, tasks), data_sets) or None,
+        eval_results=eval_results(rows, hub_tasks(model, tasks), data_sets) or None,
     )
     folder.mkdir(parents=True, exist_ok=True)
     card = ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
         title=plain(name),
-        architecture=type(trainer.model).__name__,
+        architecture=type(model).__name__,
         base_model=metadata.base_model,
         dataset_names=[plain(d["name"]) for d in data_sets],
         optimizer=optimizer,
@@ -116,7 +118,7 @@ def _optimizer_record(trainer: Trainer) -> OptimizerRecord:
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if trainer.optimizer is None:
         return OptimizerRecord(name, "", {}, 0, 0, 0)
-    return OptimizerRecord.of(trainer.optimizer, name)
+    return OptimizerRecord.of(cast("Optimizer", trainer.optimizer), name)
 
 
 def _cells(pairs: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
@@ -151,7 +153,7 @@ def _learning_rates(trainer: Trainer) -> list[float]:
     """Before any schedule, of each parameter group where they differ; `optim_args` may have set it."""
     if trainer.optimizer is None:
         return [trainer.args.learning_rate]
-    groups = trainer.optimizer.param_groups
+    groups = cast("Optimizer", trainer.optimizer).param_groups
     return list(dict.fromkeys(float(group.get("initial_lr", group["lr"])) for group in groups))
 
 
@@ -181,7 +183,8 @@ def _figure(value: float | None) -> str:
 def _circumstances(trainer: Trainer) -> list[tuple[str, str]]:
     args = trainer.args
     packages: Mapping[str, str] = {name: version(name) for name in ("hf-efcp", "torch", "transformers", "accelerate")}
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}
+    parameters = [] if trainer.model is None else trainer.model.parameters()
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters}
     autocast = ", bfloat16 autocast" if args.bf16 else ", float16 autocast" if args.fp16 else ""
     processes = f" in {args.world_size} processes" if args.world_size > 1 else ""
     seeds = f"{args.seed}" + (f", data {args.data_seed}" if args.data_seed is not None else "")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from torch import nn
@@ -75,7 +75,7 @@ def record_runs(path: str) -> None:
     callbacks.append(RunRecorder(path))
 
 
-def _seams() -> tuple[type[Enum], dict[str, Callable], list[Any], list[type]]:
+def _seams() -> tuple[type[Enum], dict[str, Callable], list[Any], list[Any]]:
     try:
         from transformers import trainer, trainer_optimizer
         from transformers.training_args import OptimizerNames
@@ -99,7 +99,7 @@ def _add_member(names: type[Enum], value: str) -> None:
     if value in names._value2member_map_:
         return
     # `MFAC` and `mfac` are two optimizers; members are looked up by value, so the attribute takes the value's case.
-    member = str.__new__(names, value)
+    member: Any = str.__new__(cast("type[str]", names), value)
     member._name_, member._value_, member.__objclass__ = value, value, names
     member._sort_order_ = len(names._member_names_)
     # `training_args.bin` goes to the Hub with the model and must load where this package is not installed.

@@ -48,8 +48,8 @@ class OptimizerRecord:
     @classmethod
     def of(cls, optimizer: Optimizer, name: str) -> OptimizerRecord:
         """Measure `optimizer`, which was asked for as `name`; accelerate's wrappers are seen through."""
-        while hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
+        while (inner := getattr(optimizer, "optimizer", None)) is not None:
+            optimizer = inner
         spec = registered_spec(optimizer, name)
         if spec is None:
             signature = inspect.signature(type(optimizer).__init__).parameters

@@ -62,7 +62,7 @@ class EfcpTrainer(Trainer):
             ValueError: there is none.
         """
         if resume_from_checkpoint is True:
-            folder = self.args.output_dir
+            folder = self._folder
             resume_from_checkpoint = last_complete_checkpoint(folder)
             if resume_from_checkpoint is None:
                 raise ValueError(
@@ -76,10 +76,11 @@ class EfcpTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         # At the end of a run of hours a loss is told, not raised: the last weights are still to be saved.
-        with self._restoring(self.state.best_model_checkpoint, refuses_losses=False):
+        best = str(self.state.best_model_checkpoint)
+        with self._restoring(best, refuses_losses=False):
             super()._load_best_model()
         if self._sparse is not None:
-            self._sparse.load_masks(self.state.best_model_checkpoint)
+            self._sparse.load_masks(best)
 
     @contextlib.contextmanager
     def _restoring(self, folder: str, *, refuses_losses: bool) -> Iterator[None]:
@@ -103,27 +104,29 @@ class EfcpTrainer(Trainer):
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Create the repository, at construction with `push_to_hub=True`. Raises `PushError` where it cannot be."""
-        with told_plainly(self._repository(), self.args.output_dir):
+        with told_plainly(self._repository(), self._folder):
             super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Save model and card and push them, as `Trainer` does. Raises `PushError` where the Hub does not take them."""
-        with told_plainly(self._repository(), self.args.output_dir):
+        with told_plainly(self._repository(), self._folder):
             return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if (
             self._sparse is not None and self.is_world_process_zero()
         ):  # Trainer copies the files of the model that it knows
-            self._sparse.save_masks(self.args.output_dir)
-        before = self.push_in_progress.jobs[:] if getattr(self, "push_in_progress", None) else []
+            self._sparse.save_masks(self._folder)
+        before = _pushes(self)
         super()._push_from_checkpoint(checkpoint_folder)
-        if getattr(self, "push_in_progress", None):
-            started = [job for job in self.push_in_progress.jobs if job not in before]
-            watch(started, self._repository(), self.args.output_dir)
+        watch([job for job in _pushes(self) if job not in before], self._repository(), self._folder)
+
+    @property
+    def _folder(self) -> str:
+        return str(self.args.output_dir)  # `TrainingArguments` puts a name where none is given
 
     def _repository(self) -> str:
-        return self.hub_model_id or self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir))
+        return self.hub_model_id or self.args.hub_model_id or os.path.basename(os.path.abspath(self._folder))
 
     # ---- sparse training
 
@@ -154,7 +157,7 @@ class EfcpTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self._sparse is not None and self.args.should_save:
-            self._sparse.save_masks(output_dir or self.args.output_dir)
+            self._sparse.save_masks(output_dir or self._folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -177,7 +180,12 @@ class EfcpTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             facts = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
-            write_model_card(self.args.output_dir, self, **facts)
+            write_model_card(self._folder, self, **facts)
+
+
+def _pushes(trainer: Trainer) -> list[Any]:
+    """The background pushes that Trainer knows of."""
+    return list(getattr(getattr(trainer, "push_in_progress", None), "jobs", None) or ())
 
 
 def replace_trainer() -> None:
