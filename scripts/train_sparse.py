@@ -5,10 +5,10 @@
     python scripts/train_sparse.py --report                                  # table and picture of what is there
 
 A fixed subset, images halved to 16×16, so a run takes a minute or a few on one core. Each finished run is a JSON line
-of `--file`; one that stands there is not run again. Compute is counted in forward passes over a batch, a backward pass
-as two: RigL takes 3 for a batch, AGENT 6, and for the full gradient and the losses at the old snapshot 4 more from the
-second epoch on. `longer` is RigL trained for as many passes as AGENT took, its schedules stretched alike. `spared` is
-AGENT that leaves weights alone which are 0 at the snapshot (`correct_grown=False`).
+of `--file`, which is kept with the code; one that stands there is not run again. Compute is counted in forward passes
+over a batch, a backward pass as two: RigL takes 3 for a batch, AGENT 6, and for the full gradient and the losses at the
+old snapshot 4 more from the second epoch on. `longer` is RigL trained for as many passes as AGENT took, its schedules
+stretched alike. `spared` is AGENT that leaves weights alone which are 0 at the snapshot (`correct_grown=False`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from hf_efcp.train.run_record import hardware
 ARMS = ("rigl", "agent", "spared", "longer")
 CORRECTED = ("agent", "spared")
 REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "scripts" / "results" / "sparse.jsonl"
+PICTURE = REPOSITORY / "scripts" / "figures" / "sparse.png"
 TRAIN, TEST, BATCH = 4000, 2000, 64
 INTERVAL = 30  # steps between changes of the masks; published for runs a hundred times as long: 100
 
@@ -193,7 +196,8 @@ def main(argv: Iterable[str] | None = None) -> None:
     """Run what is missing, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=str(REPOSITORY.parent / "shared" / "data" / "cifar10"))
-    parser.add_argument("--file", type=Path, default=Path("out/train_sparse.jsonl"))
+    parser.add_argument("--file", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--sparsities", nargs="+", type=float, default=(0.9, 0.98))
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
@@ -208,7 +212,8 @@ def main(argv: Iterable[str] | None = None) -> None:
     missing = [] if options.report else [key for key in wanted if key not in done]
     data = (load(options.data, "train", TRAIN), load(options.data, "test", TEST)) if missing else None
     for key in missing:
-        line = run(*key, data, options.file.parent / "trainer")
+        with tempfile.TemporaryDirectory() as folder:
+            line = run(*key, data, Path(folder))
         with options.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(
@@ -216,7 +221,7 @@ def main(argv: Iterable[str] | None = None) -> None:
         )
     runs = [r for r in finished(options.file) if r["of"] == options.epochs]
     print(table(runs))
-    print(draw(runs, options.file.with_suffix(".png")))
+    print(draw(runs, options.picture))
 
 
 if __name__ == "__main__":

@@ -75,12 +75,15 @@ def rigl(weight, mask, gradient, share):
     return new.view_as(mask), old.view_as(mask)
 
 
-def train(model, weights, masks, batches, epochs, *, lr=0.1, momentum=0.9, share=None, agent=None, fixed=None):
+def train(
+    model, weights, masks, batches, epochs, *, lr=0.1, momentum=0.9, share=None, agent=None, fixed=None, spare=False
+):
     """Weights after each step of SGD on `d ⊙ m`, `d = g + c(u − g̃)`.
 
     Args:
         share: of a step's number, counted from 1: ρ where the topology changes instead of the optimizer's step.
         agent: keywords of `slope_coefficient`; `fixed`: a coefficient instead. In the first epoch c is 0.
+        spare: correct no masked weight that is 0 at the snapshot.
     """
     weights = {n: w.clone() * masks.get(n, 1) for n, w in weights.items()}
     snapshot, velocity, trajectory = dict(weights), {}, []
@@ -106,7 +109,8 @@ def train(model, weights, masks, batches, epochs, *, lr=0.1, momentum=0.9, share
             else:
                 if u is not None:
                     _, back = value_and_gradient(model, snapshot, batch)
-                    g = {n: g[n] + c * (u[n] - back[n]) for n in g}
+                    where = {n: snapshot[n] != 0 if spare and n in masks else 1 for n in g}
+                    g = {n: g[n] + c * (u[n] - back[n]) * where[n] for n in g}
                 for n in weights:
                     masked = g[n] * masks.get(n, 1)
                     velocity[n] = masked if n not in velocity else momentum * velocity[n] + masked

@@ -50,7 +50,8 @@ def test_runs_go_on_where_they_ended(tmp_path, monkeypatch, capsys):
     for name, value in (("TRAIN", 32), ("TEST", 16), ("BATCH", 8)):
         monkeypatch.setattr(train_sparse, name, value)
     file = tmp_path / "runs.jsonl"
-    words = ["--file", str(file), "--sparsities", "0.9", "--seeds", "0", "--epochs", "2"]
+    picture = ["--picture", str(tmp_path / "runs.png")]
+    words = ["--file", str(file), *picture, "--sparsities", "0.9", "--seeds", "0", "--epochs", "2"]
     train_sparse.main([*words, "--arms", "agent", "longer", "spared"])
     train_sparse.main(words)
     runs = [json.loads(line) for line in file.read_text().splitlines()]

@@ -39,7 +39,7 @@ def first_masks(trainer):
 
 
 @pytest.mark.parametrize("sparsity", [None, 0.7])
-@pytest.mark.parametrize("kind", ["loss", "unclipped", "fixed"])
+@pytest.mark.parametrize("kind", ["loss", "unclipped", "fixed", "spared"])
 def test_a_run_is_the_papers(kind, sparsity, tmp_path):
     """Every weight after every step, RigL's changes included, to 1e-12."""
     data, spy = oracle.examples(), Weights()
@@ -47,6 +47,7 @@ def test_a_run_is_the_papers(kind, sparsity, tmp_path):
         "loss": {"gamma": 0.4},
         "unclipped": {"gamma": 0.4, "clip": None},
         "fixed": {"coefficient": "fixed", "value": 0.6},
+        "spared": {"gamma": 0.4, "correct_grown": False},
     }[kind]
     trainer = oracle.make_trainer(
         tmp_path, oracle.Net(), data, callbacks=[spy], gradient_correction="agent",
@@ -65,7 +66,7 @@ def test_a_run_is_the_papers(kind, sparsity, tmp_path):
     start = {n: p.detach() for n, p in oracle.Net().named_parameters()}
     expected, final_masks, c = oracle.train(
         oracle.Net(), start, masks, batches_of(data), 4, share=share if sparsity else None, agent=agent,
-        fixed=0.6 if kind == "fixed" else None,
+        fixed=0.6 if kind == "fixed" else None, spare=kind == "spared",
     )  # fmt: skip
     assert c != 0
     assert len(expected) == total == 20
@@ -232,6 +233,20 @@ def test_gradient_checkpointing_changes_nothing(tiny_vit, images, tmp_path):
         trainer.train()
         runs.append(dict(trainer.model.named_parameters()))
         assert trainer._sparse.correction.coefficient > 0
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_models_see_the_swapped_weights(tmp_path):
+    """Swapping pointers must not leave a compiled forward pass with the weights that it was traced with."""
+    runs = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        trainer = oracle.make_trainer(
+            tmp_path, oracle.Net(0.0, True), oracle.examples(), gradient_correction="agent", sparsity=0.6,
+            correction_args=AGENT_ARGS, sparse_args={"interval": 3, "order": "after"}, **compiled,
+        )  # fmt: skip
+        trainer.train()
+        runs.append(trainer.model.state_dict())
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-12)
 
 
