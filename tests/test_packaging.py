@@ -1,9 +1,11 @@
 """The wheel holds the whole package and nothing else; the version stands in one place and in the list of changes."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -16,16 +18,22 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The names in a wheel that is built of a copy, and its metadata."""
+def built(tmp_path_factory):
+    """A folder with the wheel and the source distribution of a copy."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "hf_efcp", copy / "hf_efcp", ignore=shutil.ignore_patterns("__pycache__"))
-    program = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    program = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
     done = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    (path,) = (copy / "dist").glob("*.whl")
+    return copy / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    """The names in the wheel, and its metadata."""
+    (path,) = built.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
         (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
@@ -47,6 +55,27 @@ def test_the_wheel_says_what_it_is(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"cpu", "hf", "dev"} <= set(metadata.get_all("Provides-Extra"))
     assert b"hf-efcp = hf_efcp.cli:main" in files["entry_points.txt"]
+
+
+def test_the_source_distribution_builds_the_same(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "hf_efcp/py.typed", "hf_efcp/CHANGELOG.md"} <= names
+
+
+def test_the_wheel_alone_runs_the_launcher(built, tmp_path):
+    """Unpacked where nothing else of this repository is."""
+    (path,) = built.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path)
+    (tmp_path / "train.py").write_text("import hf_efcp, sys; print(hf_efcp.__file__, sys.argv[1:])")
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_efcp.run", "train.py", "--optim", "efcp_mfac"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'hf_efcp' / '__init__.py'} ['--optim', 'efcp_mfac']\n"
 
 
 def test_the_version_has_its_changes():

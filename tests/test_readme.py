@@ -69,6 +69,15 @@ def test_blocks_that_are_not_run_are_counted():
     assert {block["kind"] for block in BLOCKS} == {"bash", "python", "console"}
 
 
+def test_links_lead_somewhere():
+    """To a heading, as GitHub names it, or to a file of the repository; a picture stands near the top."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"(?ms)^```.*?^```$", "", TEXT), re.MULTILINE)
+    places = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\((.*?)\)", TEXT):
+        assert target.startswith("https://") or target.removeprefix("#") in places or (README.parent / target).is_file()
+    assert TEXT.index("![") < TEXT.index("\n## ")
+
+
 OWN_OPTIMIZER = next(code for code in runnable("python") if "register(OptimizerSpec" in code)  # `test_shell` runs it
 
 
