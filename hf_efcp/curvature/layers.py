@@ -83,14 +83,14 @@ def find_layers(model: nn.Module, trained: set[Tensor], structures: tuple[str, s
             continue
         name, module = used_by[0]
         bias = module.bias if module.bias is not None and module.bias in trained else None
-        if bias is not None and len(users[bias]) > 1:
+        if bias is not None and len(users[bias]) > 1:  # pyright: ignore[reportArgumentType]
             bias = None
         d_o, d_i = _dims(module)
         sides = [(structures[0], d_i + (bias is not None)), (structures[1], d_o)]
         inputs, outputs = (
             make_structure("diagonal" if kind == "dense" and dim > max_dense_dim else kind, dim) for kind, dim in sides
         )
-        plan.layers.append(Layer(name, [module for _, module in used_by], weight, bias, inputs, outputs))
+        plan.layers.append(Layer(name, [module for _, module in used_by], weight, bias, inputs, outputs))  # pyright: ignore[reportArgumentType]
         placed.update(plan.layers[-1].parameters)
     plan.reasons = {name: reason for name, reason in plan.reasons.items() if model.get_parameter(name) not in placed}
     return plan
@@ -125,7 +125,7 @@ def _is_conv1d_of_transformers(module: nn.Module) -> bool:
 
 def _dims(module: nn.Module) -> tuple[int, int]:
     shape = module.weight.shape
-    return (shape[1], shape[0]) if _is_conv1d_of_transformers(module) else (shape[0], shape[1:].numel())
+    return (shape[1], shape[0]) if _is_conv1d_of_transformers(module) else (shape[0], shape[1:].numel())  # pyright: ignore[reportIndexIssue, reportReturnType]
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = functional.pad(x, module._reversed_padding_repeated_twice, mode)
     if spatial == 3:
-        patches = _volumes(x, module)
+        patches = _volumes(x, module)  # pyright: ignore[reportArgumentType]
     else:
         kernel, stride, dilation = (
             (1,) * (2 - spatial) + of for of in (module.kernel_size, module.stride, module.dilation)

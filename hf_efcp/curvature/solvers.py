@@ -25,8 +25,8 @@ def cancels(gram: Tensor, coefficients: Tensor, row: Tensor, limit: float) -> bo
     """
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     terms = (coefficients.abs() * lengths).sum(-1)
-    along = (coefficients * gram.select(-2, row)).sum(-1).abs()
-    if (terms * lengths.select(-1, row) <= limit * along).all():
+    along = (coefficients * gram.select(-2, row)).sum(-1).abs()  # pyright: ignore[reportArgumentType]
+    if (terms * lengths.select(-1, row) <= limit * along).all():  # pyright: ignore[reportArgumentType]
         return False
     squared = (coefficients * (gram @ coefficients[..., None]).squeeze(-1)).sum(-1)
     return bool((terms > limit * squared.clamp_min(0).sqrt()).any())

@@ -30,25 +30,25 @@ class Window(Protocol):
 
     layout: Layout
 
-    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, scratch: Tensor) -> Tensor:
+    def push(self, gradient: Tensor, row: Tensor, accept: Tensor, scratch: Tensor) -> Tensor:  # pyright: ignore[reportReturnType]
         """Replace row `row` (() int64) and return its inner products with all rows, (S, m) float64.
 
         `gradient` and `scratch` are (size,) float32 and may be the same; what stands in `scratch` is lost.
         """
 
-    def dots(self, x: Tensor) -> Tensor:
+    def dots(self, x: Tensor) -> Tensor:  # pyright: ignore[reportReturnType]
         """`G x` for a (size,) float32 vector: (S, m) float64."""
 
     def combine(self, coefficients: Tensor, out: Tensor) -> None:
         """Add `Gᵀ coefficients` to `out`, (size,) float32, for (S, m) coefficients; summed in their dtype."""
 
-    def views(self) -> list[dict[str, Tensor]]:
+    def views(self) -> list[dict[str, Tensor]]:  # pyright: ignore[reportReturnType]
         """What lives between steps: for each parameter its tensors, views of the buffers, by name."""
 
-    def shared_buffers(self) -> dict[str, Tensor]:
+    def shared_buffers(self) -> dict[str, Tensor]:  # pyright: ignore[reportReturnType]
         """What lives between steps and belongs to no single parameter."""
 
-    def residuals(self) -> list[Tensor]:
+    def residuals(self) -> list[Tensor]:  # pyright: ignore[reportReturnType]
         """What earlier pushes left out, as floating point numbers, for reports."""
 
     def steps(self, name: str) -> tuple[int, int] | None:

@@ -96,7 +96,7 @@ def accumulate_topk_(
         taken = summed.gather(1, chosen)
         if is_int8:
             scale = taken.view(-1, group * k).abs().amax(1) / 127
-            scales[start // group : start // group + len(scale)] = scale
+            scales[start // group : start // group + len(scale)] = scale  # pyright: ignore[reportOptionalSubscript]
             taken = quantize_int8(taken, scale)
             stored = dequantize_int8(taken, scale)
         else:
@@ -136,7 +136,7 @@ def push_topk_(
     newest = accumulate_topk_(residual, gradient, k, values.dtype, accept, grid=grid, group=group)
     for buffer, new in zip((indices, values, scales), newest, strict=True):
         if buffer is not None:
-            new = torch.where(accept, new.to(buffer.dtype), take_row(buffer, 1, row))
+            new = torch.where(accept, new.to(buffer.dtype), take_row(buffer, 1, row))  # pyright: ignore[reportOptionalMemberAccess]
             buffer.index_copy_(1, row[None], new[:, None])
 
 

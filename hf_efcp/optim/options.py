@@ -75,7 +75,7 @@ class Option:
         if self.kind is float and is_number:
             return float(value)
         if self.kind is int and is_number and float(value).is_integer():
-            return int(value)
+            return int(value)  # pyright: ignore[reportArgumentType]
         if isinstance(value, self.kind) and self.kind in (bool, str):
             return value
         raise TypeError(f"`{self.name}` must be {self.allowed} ({self.kind.__name__}), got {value!r}.")

@@ -167,7 +167,7 @@ class Segments:
         """(S, m) products of the model on `device`, from those of the segments of all ranks."""
         if self._per_parameter:
             return self.by_parameter(parts, device)
-        return self.group.sum_(sum(part.to(device) for part in parts))
+        return self.group.sum_(sum(part.to(device) for part in parts))  # pyright: ignore[reportArgumentType]
 
     def scatter(self, values: Tensor) -> list[Tensor]:
         """For each segment the rows of `values` (S, …) that are its systems', on its device."""

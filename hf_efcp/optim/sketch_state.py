@@ -105,7 +105,7 @@ class BlockSketches:
     def _updated(self, sketch: Sketch, matrix: Tensor, seed: int) -> tuple[Sketch, Tensor | None]:
         beta2 = self._decay
         tail_decay = beta2**0.5 if self.options["tail_decay"] == "sqrt" else beta2
-        if self.options["sketch_update"] == "exact" or is_cheap_exactly(*matrix.shape[-2:], sketch.basis.shape[-1]):
+        if self.options["sketch_update"] == "exact" or is_cheap_exactly(*matrix.shape[-2:], sketch.basis.shape[-1]):  # pyright: ignore[reportCallIssue]
             return exact_update(sketch, matrix, beta2, tail_decay), None
         return subspace_update(sketch, matrix, beta2, tail_decay, seed)
 

@@ -98,7 +98,7 @@ def whole_states(segments: Segments, device: torch.device, keeps: bool) -> dict[
     parts: dict[Tensor, list[dict[str, Tensor]]] = {p: [] for segment in segments for p in segment.params}
     for rank, states in enumerate(collect(segments.group, mine, device)):
         if keeps:
-            owners = [s.params[piece.number] for s in segments for piece in s.owned.by_rank[rank]]
+            owners = [s.params[piece.number] for s in segments for piece in s.owned.by_rank[rank]]  # pyright: ignore[reportAttributeAccessIssue]
             for parameter, state in zip(owners, states, strict=True):
                 parts[parameter].append(state)
     if not keeps:

@@ -34,7 +34,7 @@ class Sharing:
         """Ownership of some parameters in units of so many entries, whole where `unit` is `None`."""
         if self.kind == "local":
             return Local(params)
-        return (Sharded if self.kind == "sharded" else Replicated)(params, unit, self.group)
+        return (Sharded if self.kind == "sharded" else Replicated)(params, unit, self.group)  # pyright: ignore[reportArgumentType]
 
 
 def find_sharing(params: Sequence[Tensor], shard_state: bool | None) -> Sharing:

@@ -112,7 +112,7 @@ class GradientCorrection:
     def is_due(self, step: int, steps_per_epoch: int) -> bool:
         """Whether θ̃ is to be replaced before the step with this number, counted from 0."""
         period = steps_per_epoch if self.options.refresh == "epoch" else self.options.refresh
-        return step % period == 0 and self.last_refresh != step
+        return step % period == 0 and self.last_refresh != step  # pyright: ignore[reportOperatorIssue]
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
@@ -230,7 +230,7 @@ class GradientCorrection:
             setattr(self, kind, {n: v.to(self.parameters[n].device) for n, v in state[kind].items()})
         self.last_refresh = state["last_refresh"]
         self._covariance, self._variance = state["sums"]
-        self.slope.load_state_dict(state)
+        self.slope.load_state_dict(state)  # pyright: ignore[reportArgumentType]
 
 
 @contextlib.contextmanager
@@ -247,7 +247,7 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, value in held:
                 if buffer is not None:
-                    buffer.copy_(value)
+                    buffer.copy_(value)  # pyright: ignore[reportArgumentType]
                 if module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
 

@@ -95,7 +95,7 @@ def compiled(pattern: Any, option: str) -> re.Pattern[str]:
 def _usual(model: nn.Module, parameters: dict[str, nn.Parameter]) -> set[str]:
     weights = {id(p) for module in model.modules() for p in _weights(module)} | _experts(model)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
     if head is not None:
         embeddings.update(id(p) for p in head.parameters())
     return {name for name, p in parameters.items() if id(p) in weights - embeddings}

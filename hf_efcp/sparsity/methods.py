@@ -61,7 +61,7 @@ class SparseMethod:
         last = self.last_step(total_steps, steps_per_epoch)
         interval = steps_per_epoch if self.interval == "epoch" else self.interval
         is_inside = self.changes and self.begin <= step <= last
-        return is_inside and (step % interval == 0 or (self.gradual and step == last))
+        return is_inside and (step % interval == 0 or (self.gradual and step == last))  # pyright: ignore[reportOperatorIssue]
 
     def fitted(self, total_steps: int, steps_per_epoch: int) -> SparseMethod:
         """This method, or where it would never change a thing in so short a run, one that does up to ten times."""

@@ -73,7 +73,7 @@ class CorrectedStep:
     def begin_step(self, evaluate: Evaluate, model: nn.Module) -> None:
         """Refresh the snapshot where that is due, and settle how this step is taken."""
         step = self._trainer.state.global_step
-        if self.core.is_due(step, self._steps_per_epoch):
+        if self.core.is_due(step, self._steps_per_epoch):  # pyright: ignore[reportArgumentType]
             self.refresh(evaluate, model)
         options, sparsifier = self.core.options, self._sparsifier
         replaced = sparsifier is not None and sparsifier.replaces_step
@@ -203,7 +203,7 @@ class CorrectedStep:
             if trainer.accelerator.num_processes > 1:
                 for name, p in core.parameters.items():  # one after another: the exchange works on a copy
                     mine = total[name] if name in total else torch.zeros_like(p)
-                    total[name] = trainer.accelerator.reduce(mine, reduction="mean")
+                    total[name] = trainer.accelerator.reduce(mine, reduction="mean")  # pyright: ignore[reportArgumentType]
                 losses = trainer.accelerator.reduce(losses, reduction="mean")
             for value in total.values():
                 value.div_(loss_scale(trainer) * weight * len(losses))
@@ -245,7 +245,7 @@ class CorrectedStep:
         epoch, skip = self._position(limit)
         for start in dict.fromkeys((skip * accumulation, 0)):  # at its beginning, where a stream has ended
             found = False
-            with replayed(trainer.callback_handler.train_dataloader, epoch, start) as loader:
+            with replayed(trainer.callback_handler.train_dataloader, epoch, start) as loader:  # pyright: ignore[reportArgumentType]
                 iterator = iter(loader)
                 for _ in itertools.count() if limit is None else range(limit):
                     batches, count = trainer.get_batch_samples(iterator, accumulation, trainer.args.device)

@@ -26,7 +26,7 @@ def replayed(loader: DataLoader, epoch: int, skip: int = 0) -> Iterator[DataLoad
     # A new loader even where nothing is skipped: one with persistent workers has a single iterator.
     again = skip_first_batches(loader, skip)
     if hasattr(again, "iteration"):
-        again.iteration = epoch
+        again.iteration = epoch  # pyright: ignore[reportAttributeAccessIssue]
     for sampler in samplers:
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)

@@ -150,10 +150,10 @@ class _ModelFactory:
     def __call__(self, model: nn.Module, **options: Any) -> Optimizer:
         from transformers import Trainer
 
-        decayed = set(Trainer.get_decay_parameter_names(None, model))
+        decayed = set(Trainer.get_decay_parameter_names(None, model))  # pyright: ignore[reportArgumentType]
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         groups = [
             {"params": [p for name, p in trained if name in decayed], "weight_decay": self.weight_decay},
             {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
         ]
-        return self.cls(model, params=groups, **options)
+        return self.cls(model, params=groups, **options)  # pyright: ignore[reportCallIssue]

