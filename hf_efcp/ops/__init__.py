@@ -10,6 +10,8 @@ from hf_efcp.ops.torch_ops import dequantize_int8, entries_per_pass, take_row, u
 
 accumulate_topk_ = on_backend(torch_ops.accumulate_topk_)
 adam_ = on_backend(torch_moments.adam_)
+adam_direction_ = on_backend(torch_moments.adam_direction_)
+adam_mean_ = on_backend(torch_moments.adam_mean_)
 push_topk_ = on_backend(torch_ops.push_topk_)
 row_dots = on_backend(torch_ops.row_dots)
 window_combine_ = on_backend(torch_ops.window_combine_)
@@ -18,6 +20,8 @@ window_dots = on_backend(torch_ops.window_dots)
 __all__ = [
     "accumulate_topk_",
     "adam_",
+    "adam_direction_",
+    "adam_mean_",
     "dequantize_int8",
     "empty",
     "entries_per_pass",

@@ -32,3 +32,27 @@ def adam(start, stop, update, first, second, seed, rates, corrections, eps):
         m[i] = rounded(mean, one, m)
         v[i] = rounded_at_random(square, seed, v)
         u[i] = (mean * factor1) / (np.sqrt(square * factor2) + eps)
+
+
+@compiled(fastmath={"contract"})
+def adam_mean(start, stop, gradient, first, second, seed, rates, correction):
+    """`torch_moments.adam_mean_` for the entries `start` to `stop`; `second` may be `None`, `correction` is 1 − β₁ᵗ."""
+    rate1, rate2 = rates
+    one, factor = np.float32(1), np.float32(1) / correction
+    for i in range(start, stop):
+        g = gradient[i]
+        if second is not None:
+            square = as_float32(second[i])
+            second[i] = rounded_at_random(square + rate2 * (g * g - square), seed, second)
+        mean = as_float32(first[i])
+        mean += rate1 * (g - mean)
+        first[i] = rounded(mean, one, first)
+        gradient[i] = mean * factor
+
+
+@compiled(fastmath={"contract"})
+def adam_direction(start, stop, update, second, correction, eps):
+    """`torch_moments.adam_direction_` for the entries `start` to `stop`; `correction` is 1 − β₂ᵗ."""
+    factor = np.float32(1) / correction
+    for i in range(start, stop):
+        update[i] /= np.sqrt(as_float32(second[i]) * factor) + eps

@@ -137,6 +137,39 @@ def adam_(
     return update
 
 
+def adam_mean_(
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    step: Tensor,
+    accept: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """See `torch_moments.adam_mean_`."""
+    if not accept:
+        return gradient
+    count = int(step)
+    seed = np.uint32(count * 0x3C6EF35F & 0xFFFFFFFF)
+    rates = np.float32(1 - beta1), np.float32(1 - beta2)
+    arrays = (_array(gradient), _array(first), _array(second))
+    n = len(gradient)
+    _share(numba_moments.adam_mean, n, n, *arrays, seed, rates, np.float32(1 - beta1**count))
+    return gradient
+
+
+def adam_direction_(
+    update: Tensor, second: Tensor, step: Tensor, accept: Tensor, *, beta2: float, eps: float = ADAM_EPS
+) -> Tensor:
+    """See `torch_moments.adam_direction_`."""
+    if not accept:
+        return update.zero_()
+    correction, n = np.float32(1 - beta2 ** int(step)), len(update)
+    _share(numba_moments.adam_direction, n, n, _array(update), _array(second), correction, np.float32(eps))
+    return update
+
+
 def _group(indices: Tensor, scales: Tensor | None) -> int:
     """Blocks that share a scale."""
     return 1 if scales is None or not len(scales) else len(indices) // len(scales)

@@ -46,6 +46,50 @@ def adam_(
     return update
 
 
+def adam_mean_(
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    step: Tensor,
+    accept: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """Take a gradient into Adam's moments, and replace it by the mean without its start at zero, `m/(1 − β₁ᵗ)`.
+
+    With `adam_direction_`, what is preconditioned may be the mean: together, without a preconditioner, they are
+    `adam_`, but that the second moment is read as it is stored.
+
+    Args:
+        gradient: (n,) float32, changed in place and returned.
+        first, second, step, accept: as in `adam_`; `second` may be missing. Where `accept` is false, moments stay.
+    """
+    size = entries_per_pass(gradient.device, _CHUNK)
+    correction = (1 - beta1 ** step.double()).float()
+    squares = [None] * -(-len(gradient) // size) if second is None else second.split(size)
+    for g, m, v in zip(gradient.split(size), first.split(size), squares, strict=True):
+        if v is not None:
+            square = v.float().lerp(g.square(), 1 - beta2)
+            v.copy_(torch.where(accept, _rounded(square, v.dtype, step), v.float()))
+        mean = m.float().lerp(g, 1 - beta1)
+        m.copy_(torch.where(accept, mean, m.float()))
+        torch.div(mean, correction, out=g)
+    return gradient
+
+
+def adam_direction_(
+    update: Tensor, second: Tensor, step: Tensor, accept: Tensor, *, beta2: float, eps: float = ADAM_EPS
+) -> Tensor:
+    """Divide `update`, (n,) float32, by `√(v/(1 − β₂ᵗ)) + eps`, `v` the second moment; zero unless accepted."""
+    size = entries_per_pass(update.device, _CHUNK)
+    correction = (1 - beta2 ** step.double()).float()
+    for u, v in zip(update.split(size), second.split(size), strict=True):
+        root = v.float().div(correction).sqrt_().add_(eps)
+        torch.where(accept, u / root, u.new_zeros(()), out=u)
+    return update
+
+
 def _rounded(x: Tensor, dtype: torch.dtype, step: Tensor) -> Tensor:
     """`x` rounded to bfloat16 stochastically, as float32; as it is for float32.
 

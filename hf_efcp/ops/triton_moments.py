@@ -16,6 +16,14 @@ _PER_PROGRAM = 1024
 
 
 @triton.jit
+def at_random(x, step):
+    """`x` rounded to bfloat16 stochastically, as float32: the noise is a hash of its bits and the step."""
+    bits = x.to(tl.int32, bitcast=True)
+    noise = (((bits ^ (step.to(tl.int32) * 0x3C6EF35F)) * -0x61C88647) >> 8) & 0xFFFF
+    return ((bits + noise) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def adam(
     update_ptr,
     first_ptr,
@@ -44,10 +52,7 @@ def adam(
     tl.store(first_ptr + start + i, rounded(mean, first_ptr.dtype.element_ty), mask=kept)
     stored = square
     if second_ptr.dtype.element_ty == tl.bfloat16:
-        # Stochastic: the noise below the bits that are kept is a hash of the value's own bits and the step.
-        bits = square.to(tl.int32, bitcast=True)
-        noise = (((bits ^ (tl.load(step_ptr).to(tl.int32) * 0x3C6EF35F)) * -0x61C88647) >> 8) & 0xFFFF
-        stored = ((bits + noise) & -0x10000).to(tl.float32, bitcast=True)
+        stored = at_random(square, tl.load(step_ptr))
     tl.store(second_ptr + start + i, rounded(stored, second_ptr.dtype.element_ty), mask=kept)
     mean = tl.div_rn(mean, tl.load(corrections_ptr))
     square = tl.sqrt_rn(tl.div_rn(square, tl.load(corrections_ptr + 1))) + EPS
@@ -75,6 +80,99 @@ def adam_(
             *(update, first, second, corrections, step, accept.view(torch.uint8), update.numel()),
             BETA1=beta1,
             BETA2=beta2,
+            EPS=eps,
+            SIZE=_PER_PROGRAM,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return update
+
+
+@triton.jit
+def adam_mean(
+    gradient_ptr,
+    first_ptr,
+    second_ptr,
+    corrections_ptr,
+    step_ptr,
+    accept_ptr,
+    n,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """`torch_moments.adam_mean_` for `SIZE` entries a program; `corrections` has `1 − β₁ᵗ`, float32."""
+    start = tl.program_id(0).to(tl.int64) * SIZE
+    i = tl.arange(0, SIZE)
+    left = n - start
+    mask = i < left
+    kept = i < left * tl.load(accept_ptr).to(tl.int32)
+    g = tl.load(gradient_ptr + start + i, mask=mask, other=0.0)
+    mean = float32(tl.load(first_ptr + start + i, mask=mask, other=0.0))
+    mean += (1 - BETA1) * (g - mean)
+    tl.store(first_ptr + start + i, rounded(mean, first_ptr.dtype.element_ty), mask=kept)
+    if HAS_SECOND:
+        square = float32(tl.load(second_ptr + start + i, mask=mask, other=0.0))
+        square += (1 - BETA2) * (g * g - square)
+        if second_ptr.dtype.element_ty == tl.bfloat16:
+            square = at_random(square, tl.load(step_ptr))
+        tl.store(second_ptr + start + i, rounded(square, second_ptr.dtype.element_ty), mask=kept)
+    tl.store(gradient_ptr + start + i, tl.div_rn(mean, tl.load(corrections_ptr)), mask=mask)
+
+
+@triton.jit
+def adam_direction(update_ptr, second_ptr, corrections_ptr, accept_ptr, n, EPS: tl.constexpr, SIZE: tl.constexpr):
+    """`torch_moments.adam_direction_` for `SIZE` entries a program; `corrections` has `1 − β₂ᵗ`, float32."""
+    start = tl.program_id(0).to(tl.int64) * SIZE
+    i = tl.arange(0, SIZE)
+    left = n - start
+    mask = i < left
+    kept = i < left * tl.load(accept_ptr).to(tl.int32)
+    u = tl.load(update_ptr + start + i, mask=mask, other=0.0)
+    square = float32(tl.load(second_ptr + start + i, mask=mask, other=0.0))
+    root = tl.sqrt_rn(tl.div_rn(square, tl.load(corrections_ptr))) + EPS
+    tl.store(update_ptr + start + i, tl.where(kept, tl.div_rn(u, root), 0.0), mask=mask)
+
+
+def adam_mean_(
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    step: Tensor,
+    accept: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """See `torch_moments.adam_mean_`."""
+    if not gradient.numel():
+        return gradient
+    corrections = (1 - beta1 ** step.double()).float()
+    with torch.cuda.device_of(gradient):
+        adam_mean[(triton.cdiv(gradient.numel(), _PER_PROGRAM),)](
+            *(gradient, first, first if second is None else second, corrections, step, accept.view(torch.uint8)),
+            gradient.numel(),
+            BETA1=beta1,
+            BETA2=beta2,
+            HAS_SECOND=second is not None,
+            SIZE=_PER_PROGRAM,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return gradient
+
+
+def adam_direction_(
+    update: Tensor, second: Tensor, step: Tensor, accept: Tensor, *, beta2: float, eps: float = ADAM_EPS
+) -> Tensor:
+    """See `torch_moments.adam_direction_`."""
+    if not update.numel():
+        return update
+    corrections = (1 - beta2 ** step.double()).float()
+    with torch.cuda.device_of(update):
+        adam_direction[(triton.cdiv(update.numel(), _PER_PROGRAM),)](
+            *(update, second, corrections, accept.view(torch.uint8), update.numel()),
             EPS=eps,
             SIZE=_PER_PROGRAM,
             num_warps=4,

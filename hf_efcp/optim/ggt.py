@@ -104,16 +104,19 @@ class GGT(WindowOptimizer):
         weight_rounding: str = "stochastic",
     ):
         options = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        if beta1 and precondition == "momentum":
+            raise ValueError("`beta1` averages what is preconditioned, and so does precondition='momentum': take one.")
         super().__init__(params, options)
 
     def _moments(self) -> list[str]:
         return super()._moments() + (["average"] if self.defaults["beta1"] else [])
 
     def _targets(
-        self, segments: list[Segment], gradients: list[Tensor], scratch: list[Tensor], row: Tensor, accept: Tensor
+        self, segments: list[Segment], gradients: list[Tensor], scratch: list[Tensor], taken: Tensor, accept: Tensor
     ) -> list[Tensor] | None:
         if not self.defaults["beta1"]:
-            return super()._targets(segments, gradients, scratch, row, accept)
+            return super()._targets(segments, gradients, scratch, taken, accept)
+        row = taken % self.defaults["window"]
         averages = []
         for segment, gradient, newest in zip(segments, gradients, scratch, strict=True):
             if not self._keeps_gradient:

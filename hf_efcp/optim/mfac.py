@@ -26,6 +26,10 @@ class MFAC(WindowOptimizer):
 
         row j ← compress(residual + g), u as above, v ← momentum·v + u, p ← p(1 − lr·weight_decay) − lr·scale(v)
 
+    With `"momentum"` it is the mean of gradients `x ← momentum·x + (1 − momentum)·g`, its start at zero corrected for,
+    and `v` is `u` itself. The mean lies largely in what the rows span, so there the curvature tells, where of a single
+    gradient it turns little: progress that all gradients agree on is slowed, and their differences are not.
+
     Every `scaling` but `"none"` sees `λu`, which is `x` where the window holds nothing, so that its length does not
     jump while the window fills; with `"adam"` and λ → ∞ the rule is AdamW. Clip gradients before the step as with any
     optimizer; the window then holds clipped gradients.
@@ -35,13 +39,15 @@ class MFAC(WindowOptimizer):
         lr: learning rate.
         window: rows `m` of `G`.
         damping: λ, in squared gradient units, or with `damping_mode="relative"` in mean eigenvalues of `GGᵀ/m`.
+        damping_warmup: step t takes `λ(1 + damping_warmup/t)`: at first gradients all point the same way, and a small
+            λ would hold back just that.
         compression: `"topk"`, `"lowrank"` or `"none"` (dense rows).
         density: share of entries that a row keeps.
         selection: top-k of each `"block"`, or `"global"` over the whole model as first published.
         block_size: entries per block.
         rank: columns of the factors of each matrix with `compression="lowrank"`.
         system: one m×m system for the `"model"`, or one per `"layer"`, a block-diagonal curvature.
-        precondition: `"compressed"` or `"gradient"`.
+        precondition: `"compressed"`, `"gradient"` or `"momentum"`.
         scaling: `"none"`, `"rms"` and `"layer_rms"` fix the root mean square of the update, of the model or of each
             parameter, to `update_rms`; `"adam"` takes Adam's two moments of `u` (β₁ is `momentum`).
         momentum: heavy ball.
@@ -71,6 +77,7 @@ class MFAC(WindowOptimizer):
             choices=("absolute", "relative"),
             source="this package",
         ),
+        Option("damping_warmup", int, "step t takes λ·(1 + damping_warmup/t)", low=0, source="this package"),
     )
 
     cpu_state = ("inverse",)
@@ -83,6 +90,7 @@ class MFAC(WindowOptimizer):
         window: int = 32,
         damping: float = 1.0,
         damping_mode: str = "relative",
+        damping_warmup: int = 0,
         compression: str = "topk",
         density: float = 0.01,
         selection: str = "block",
@@ -110,7 +118,8 @@ class MFAC(WindowOptimizer):
     def _slides(self) -> bool:
         """Whether an inverse is kept between steps: worth it where a fresh factor is dear and λ stands still."""
         options = self.defaults
-        return options["window"] >= 128 and options["damping_mode"] == "absolute" and options["system"] == "model"
+        fixed = options["damping_mode"] == "absolute" and not options["damping_warmup"]
+        return options["window"] >= 128 and fixed and options["system"] == "model"
 
     def _shared_state(self, device: torch.device) -> dict[str, Tensor]:
         shared = super()._shared_state(device)
@@ -127,7 +136,7 @@ class MFAC(WindowOptimizer):
         self, shared: dict[str, Tensor], gram: Tensor, row: Tensor, dots: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         rhs = torch.zeros_like(gram[:, 0]).index_fill_(1, row, float(gram.shape[-1])) if dots is None else dots
-        damping = self._damping(mean_eigenvalue(gram))
+        damping = self._damping(mean_eigenvalue(gram), shared["step"] + 1)
         if "inverse" in shared:
             only = row if dots is None else None
             solution = SlidingInverse(shared["inverse"], self.defaults["damping"]).solve(gram[0], rhs[0], only)[None]
@@ -138,8 +147,10 @@ class MFAC(WindowOptimizer):
             return (solution * damping[:, None], None) if dots is None else (-solution, torch.ones_like(damping))
         return (solution, None) if dots is None else (-solution / damping[:, None], 1 / damping)
 
-    def _damping(self, mean_eigenvalues: Tensor) -> Tensor:
+    def _damping(self, mean_eigenvalues: Tensor, step: Tensor) -> Tensor:
         damping = torch.full_like(mean_eigenvalues, self.defaults["damping"])
+        if self.defaults["damping_warmup"]:
+            damping = damping * (1 + self.defaults["damping_warmup"] / step.to(damping.device))
         if self.defaults["damping_mode"] == "relative":
             # An empty window has no eigenvalue to be relative to; its gradient is zero, and so is the update,
             # as long as 1/λ is a finite float32.
@@ -148,5 +159,6 @@ class MFAC(WindowOptimizer):
 
     def _condition(self, eigenvalues: Tensor) -> Tensor:
         m = eigenvalues.shape[-1]
-        shift = m * self._damping(eigenvalues.mean(-1) / m)
+        step = self.state[self._parameters()[0]]["step"].clamp_min(1)
+        shift = m * self._damping(eigenvalues.mean(-1) / m, step)
         return (eigenvalues[..., -1] + shift) / (eigenvalues[..., 0] + shift)

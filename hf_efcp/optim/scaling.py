@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,34 @@ from hf_efcp import ops
 from hf_efcp.optim.segment import Segment, Segments
 
 _CHUNK = 1 << 18  # entries at a time: temporaries stay in cache
+
+
+def scale_(
+    updates: list[Tensor],
+    segments: Segments,
+    options: Mapping[str, Any],
+    momentum: float,
+    step: Tensor,
+    accept: Tensor,
+) -> None:
+    """Momentum and scaling: the updates, one flat vector a segment, become what is applied.
+
+    Args:
+        options: an optimizer's, which name the scaling, and whether momentum came before.
+        step: () number of steps taken, this one included.
+        accept: () whether this step counts; where false, the updates are zero and moments stay as they are.
+    """
+    scaling, averaged = options["scaling"], options["precondition"] == "momentum"
+    if scaling == "adam" and averaged:
+        by_root_(updates, segments, step, accept, beta2=options["adam_beta2"])
+    elif scaling == "adam":
+        adam_(updates, segments, step, accept, beta1=momentum, beta2=options["adam_beta2"])
+    elif all("momentum" in segment.moments for segment in segments):
+        heavy_ball_(updates, segments, accept, momentum=momentum)
+    if scaling == "rms":
+        rms_(updates, segments, options["update_rms"])
+    elif scaling == "layer_rms":
+        layer_rms_(updates, segments, options["update_rms"])
 
 
 def rms_(updates: list[Tensor], segments: Segments, target: float) -> None:
@@ -61,6 +90,26 @@ def adam_(
         moments = segment.moments["exp_avg"], segment.moments["exp_avg_sq"]
         on_device = step.to(segment.device), accept.to(segment.device)
         ops.adam_(update, *moments, *on_device, beta1=beta1, beta2=beta2)
+
+
+def average_(
+    gradients: list[Tensor], segments: Segments, step: Tensor, accept: Tensor, *, beta1: float, beta2: float
+) -> None:
+    """Take gradients into the moments that the segments have, and replace them by their mean, Adam's bias corrected.
+
+    Arguments as of `adam_`; where a step is not accepted, the moments stay as they are.
+    """
+    for gradient, segment in zip(gradients, segments, strict=True):
+        moments = segment.moments["exp_avg"], segment.moments.get("exp_avg_sq")
+        on_device = step.to(segment.device), accept.to(segment.device)
+        ops.adam_mean_(gradient, *moments, *on_device, beta1=beta1, beta2=beta2)
+
+
+def by_root_(updates: list[Tensor], segments: Segments, step: Tensor, accept: Tensor, *, beta2: float) -> None:
+    """Divide the updates by the root of Adam's second moment, as `average_` has left it; zero unless accepted."""
+    for update, segment in zip(updates, segments, strict=True):
+        on_device = step.to(segment.device), accept.to(segment.device)
+        ops.adam_direction_(update, segment.moments["exp_avg_sq"], *on_device, beta2=beta2)
 
 
 def _norms(parts: list[Tensor], like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from hf_efcp.optim.base import EfcpOptimizer, flat_parameters
 from hf_efcp.optim.budget import fit_budget
 from hf_efcp.optim.diagnostics import Recorded, basic_figures, shape_figures
 from hf_efcp.optim.options import check_options
-from hf_efcp.optim.scaling import adam_, heavy_ball_, layer_rms_, rms_
+from hf_efcp.optim.scaling import average_, scale_
 from hf_efcp.optim.segment import Segment, Segments
 from hf_efcp.optim.window_options import check_combinations
 from hf_efcp.optim.window_state import fill_shared_, filled_states, find_window_sharing, whole_states
@@ -76,6 +76,8 @@ class WindowOptimizer(EfcpOptimizer):
     def _moments(self) -> list[str]:
         if self.defaults["scaling"] == "adam":
             return ["exp_avg", "exp_avg_sq"]
+        if self.defaults["precondition"] == "momentum":
+            return ["exp_avg"] if self._momentum else []
         return ["momentum"] if self._momentum else []
 
     @property
@@ -211,7 +213,7 @@ class WindowOptimizer(EfcpOptimizer):
         gram.index_copy_(1, row[None], newest[:, None, :])
         gram.index_copy_(2, row[None], newest[:, :, None])
         self._follow_gram(shared, row, change)
-        targets = self._targets(segments, gradients, scratch, row, accept)
+        targets = self._targets(segments, gradients, scratch, shared["step"], accept)
         dots = None
         if targets is not None:
             dots = segments.gather([s.window.dots(x) for s, x in zip(segments, targets, strict=True)], device)
@@ -232,13 +234,18 @@ class WindowOptimizer(EfcpOptimizer):
 
     @property
     def _keeps_gradient(self) -> bool:
-        """Whether the dense gradient is preconditioned; without compression it is the newest row."""
-        return self.defaults["precondition"] == "gradient" and self.defaults["compression"] != "none"
+        """Whether it is preconditioned, or its mean is; without compression the gradient is the newest row."""
+        return self.defaults["precondition"] != "compressed" and self.defaults["compression"] != "none"
 
     def _targets(
-        self, segments: Segments, gradients: list[Tensor], scratch: list[Tensor], row: Tensor, accept: Tensor
+        self, segments: Segments, gradients: list[Tensor], scratch: list[Tensor], taken: Tensor, accept: Tensor
     ) -> list[Tensor] | None:
-        """What is preconditioned, a flat vector a segment; `None` for the newest row."""
+        """What is preconditioned, a flat vector a segment; `None` for the newest row. `taken` counts earlier steps."""
+        if self.defaults["precondition"] == "momentum":
+            if "exp_avg" in self._moments():
+                rates = {"beta1": self._momentum, "beta2": self.defaults["adam_beta2"]}
+                average_(gradients, segments, taken + 1, accept, **rates)
+            return gradients
         return gradients if self._keeps_gradient else None
 
     def _finite(self, updates: list[Tensor], accept: Tensor, shared: dict[str, Tensor], group: Group) -> Tensor:
@@ -251,16 +258,8 @@ class WindowOptimizer(EfcpOptimizer):
         self, updates: list[Tensor], segments: Segments, shared: dict[str, Tensor], accept: Tensor
     ) -> list[Tensor]:
         """Momentum and scaling: the updates as they are applied. Zero where the step is not accepted."""
-        options = self.defaults
         self._zero_unless_(accept, updates)
-        if options["scaling"] == "adam":
-            adam_(updates, segments, shared["step"], accept, beta1=self._momentum, beta2=options["adam_beta2"])
-        elif "momentum" in self._moments():
-            heavy_ball_(updates, segments, accept, momentum=self._momentum)
-        if options["scaling"] == "rms":
-            rms_(updates, segments, options["update_rms"])
-        elif options["scaling"] == "layer_rms":
-            layer_rms_(updates, segments, options["update_rms"])
+        scale_(updates, segments, self.defaults, self._momentum, shared["step"], accept)
         return updates
 
     def _condition(self, eigenvalues: Tensor) -> Tensor:

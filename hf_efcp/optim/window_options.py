@@ -41,8 +41,8 @@ WINDOW_OPTIONS = (
     Option(
         "precondition",
         str,
-        "the newest compressed row, or the dense gradient",
-        choices=("compressed", "gradient"),
+        "the newest compressed row, the dense gradient, or the mean of gradients that `momentum` is the decay of",
+        choices=("compressed", "gradient", "momentum"),
         source=_EFCP,
     ),
     Option(
@@ -56,7 +56,7 @@ WINDOW_OPTIONS = (
     Option(
         "momentum",
         float,
-        "heavy-ball factor; with scaling=adam Adam's beta1",
+        "heavy-ball factor; with scaling=adam Adam's beta1; decay of the mean with precondition=momentum",
         low=0,
         high=1,
         high_open=True,
