@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_efcp.curvature.layer_statistics import Sums
 from hf_efcp.curvature.layers import Layer
 from hf_efcp.optim.adamw import adam_direction, adam_state
 from hf_efcp.optim.options import check_options
 from hf_efcp.optim.singd_layers import SingdLayers
 from hf_efcp.optim.singd_options import SINGD_OPTIONS
-from hf_efcp.optim.singd_state import FactorPair, clip_scale, new_factors
+from hf_efcp.optim.singd_state import FactorPair, clip_scale, factors_for_statistics, new_factors
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,9 @@ class SINGD(SingdLayers):
         fallback_lr: AdamW's rate while `lr` is at its first value; follows `lr`'s schedule.
         moment_dtype: of Adam's moments; bfloat16 is rounded stochastically.
         beta1, beta2, eps: AdamW's.
+        shard_state: whether each rank of DDP keeps and steps layers of its own; `None`: where there are several.
+            Statistics are those of all ranks either way.
+        weight_rounding: of 16-bit weights, `"stochastic"` or to the `"nearest"`.
         warn_unsupported: log what AdamW optimizes.
         init_grad_scale: of the loss, where no scaler is known.
         params: parameters or groups; all trainable ones by default. Weight and bias may be in different groups.
@@ -72,7 +76,7 @@ class SINGD(SingdLayers):
     Raises:
         ValueError, TypeError: an option is out of range or of the wrong kind, by name.
 
-    When not to use it: with several processes whose batches differ, since each keeps its own factors.
+    When not to use it: with FSDP2, as a layer's factors need its whole gradient.
     """
 
     options = SINGD_OPTIONS
@@ -114,6 +118,8 @@ class SINGD(SingdLayers):
         beta1: float = 0.9,
         beta2: float = 0.999,
         eps: float = 1e-8,
+        shard_state: bool | None = None,
+        weight_rounding: str = "stochastic",
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         if not isinstance(model, nn.Module):
@@ -121,15 +127,28 @@ class SINGD(SingdLayers):
         super().__init__(model, params, check_options(self.options, given))
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return self._state_of(parameter, like=parameter)
+
+    def _cost(self, parameter: Tensor) -> int:
+        return sum(t.nbytes for t in self._state_of(parameter, like=parameter.detach().to("meta")).values())
+
+    def _known_to_all(self, parameter: Tensor) -> list[str]:
+        layer = self._layer_of(parameter)
+        if layer is None or parameter is not layer.weight:
+            return []
+        return ["refreshes", *factors_for_statistics(layer)]
+
+    def _state_of(self, parameter: Tensor, like: Tensor) -> dict[str, Tensor]:
+        """New state of a parameter on the device of `like`."""
         layer = self._layer_of(parameter)
         state: dict[str, Tensor] = {}
         if layer is None or self.defaults["scaling"] == "adam" or "exp_avg" in self.state.get(parameter, {}):
-            state.update(self._new_moments(parameter))
+            state.update(self._new_moments(like))
         elif self.param_groups[0]["momentum"]:
-            dtype = torch.promote_types(torch.float32, parameter.dtype)
-            state["momentum"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            dtype = torch.promote_types(torch.float32, like.dtype)
+            state["momentum"] = torch.zeros(like.shape, dtype=dtype, device=like.device)
         if layer is not None and parameter is layer.weight:
-            state.update(new_factors(layer, self.defaults), refreshes=self._zero(parameter))
+            state.update(new_factors(layer, self.defaults, like.device), refreshes=self._zero(like))
         return state
 
     def _new_moments(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -155,35 +174,49 @@ class SINGD(SingdLayers):
                 accept = self._acceptable()
                 if not (self._reads(accept) or self._is_due()) or bool(accept):
                     self._accepted_step(accept)
+                    self._owners.share()
         finally:
             self._forget_statistics()
         return loss
 
     def _accepted_step(self, accept: Tensor) -> None:
-        gradients, directions = {}, {}
-        statistics = self._statistics()
-        for layer in self._layers():
-            pair = FactorPair(layer, self.state[layer.weight], self.defaults)
-            sums = statistics.get(layer)
-            if sums is not None:
-                pair.refresh(sums, self._loss_terms)
-            if layer.weight.grad is None or not pair.has_statistics:
-                continue
-            bias = None if layer.bias is None else layer.bias.grad
-            gradients[layer] = layer.join(layer.weight.grad, bias).to(pair.dtype)
-            directions[layer] = pair.precondition(gradients[layer])
-        scale = clip_scale(directions, gradients, self.param_groups[0]["lr"], self.defaults)
+        self._refresh(self._statistics())
+        gradients, directions = self._directions()
+        lr = self.param_groups[0]["lr"]
+        scale = clip_scale(directions, gradients, lr, self.defaults, self._owners.group.sum_)
         group_of = {p: group for group in self.param_groups for p in group["params"]}
         moved = {p for layer in directions for p in layer.parameters if p.grad is not None}
         apply = self._apply_adam_to_layer if self.defaults["scaling"] == "adam" else self._apply_layer
         for layer, direction in directions.items():
             apply(layer, direction if scale is None else direction * scale.to(direction), group_of, accept)
         for p, group in group_of.items():
-            if p.grad is not None and p not in moved:
+            if p.grad is None or p not in self._owners:
+                continue
+            if p not in moved:
                 self._apply_adam(p, p.grad, group, group["lr"] * self._fallback_ratio(), accept)
-            if p.grad is not None:
-                self.state[p]["step"] += 1
+            self.state[p]["step"] += 1
         self._count_step()
+
+    def _refresh(self, statistics: Mapping[Layer, Sums]) -> None:
+        """Update the factors of the layers with statistics, each by its owner."""
+        for layer, sums in statistics.items():
+            state = self.state[layer.weight]
+            if layer.weight in self._owners:
+                FactorPair(layer, state, self.defaults).refresh(sums, self._loss_terms)
+            state["refreshes"] += 1
+        self._share_factors(statistics)
+
+    def _directions(self) -> tuple[dict[Layer, Tensor], dict[Layer, Tensor]]:
+        """Gradients, and what they are preconditioned to, of this rank's layers with both."""
+        gradients, directions = {}, {}
+        for layer in self._own_layers():
+            pair = FactorPair(layer, self.state[layer.weight], self.defaults)
+            if layer.weight.grad is None or not pair.has_statistics:
+                continue
+            bias = None if layer.bias is None else layer.bias.grad
+            gradients[layer] = layer.join(layer.weight.grad, bias).to(pair.dtype)
+            directions[layer] = pair.precondition(gradients[layer])
+        return gradients, directions
 
     def _apply_adam_to_layer(self, layer: Layer, direction: Tensor, group_of: dict, accept: Tensor) -> None:
         """Adam over a layer's preconditioned gradient; one that overflowed leaves the layer as it is."""
@@ -232,8 +265,3 @@ class SINGD(SingdLayers):
         there = accept.to(p.device)
         update = adam_direction(state, gradient, count, there, betas, self.defaults["eps"])
         self._move(p, update, group, lr, accept)
-
-    def _move(self, p: Tensor, update: Tensor, group: dict[str, Any], lr: float, accept: Tensor) -> None:
-        if lr and group["weight_decay"]:
-            p.mul_(1 - lr * group["weight_decay"] * accept.to(p.device).double())
-        p.add_(update, alpha=-lr)

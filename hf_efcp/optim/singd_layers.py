@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from hf_efcp.curvature.layers import Layer, Plan, find_layers
 from hf_efcp.curvature.structures import DenseMetric, Diagonal, Structure
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
 from hf_efcp.optim.singd_ranks import summed_over_ranks
-from hf_efcp.optim.singd_state import FactorPair, factor_name, stores_metric_alone
-from hf_efcp.parallel import world
+from hf_efcp.optim.singd_state import FactorPair, factor_name, factors_for_statistics, stores_metric_alone
+from hf_efcp.parallel import Group, world
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,12 @@ class SingdLayers(ParameterwiseOptimizer):
 
     def metrics(self) -> dict[str, float]:
         """See `EfcpOptimizer.metrics`; besides, `singd_growth`, the largest `τ(KKᵀ)·τ(CCᵀ)` of a layer."""
-        pairs = [FactorPair(layer, self.state[layer.weight], self.defaults) for layer in self._layers() if self.state]
-        growth = {"singd_growth": max(float(pair.growth()) for pair in pairs)} if pairs else {}
-        return {**super().metrics(), **growth}
+        figures = super().metrics()
+        if self.state and self._layers():
+            mine = [FactorPair(layer, self.state[layer.weight], self.defaults) for layer in self._own_layers()]
+            largest = torch.tensor([max((float(pair.growth()) for pair in mine), default=0.0)], dtype=torch.float64)
+            figures["singd_growth"] = max(map(float, self._owners.group.gather(largest)))
+        return figures
 
     def _planned(self) -> None:
         """Make layers and hooks those of today's options and parameters."""
@@ -173,7 +176,32 @@ class SingdLayers(ParameterwiseOptimizer):
 
     def _adopt_state(self) -> None:
         self._planned()
+        self._refuse_strangers()
         super()._adopt_state()
+
+    def _refuse_strangers(self) -> None:
+        """Raise where no parameter is the model's: something has put others in the place of all of them."""
+        params, ours = self._parameters(), set(self._model.parameters())
+        if ours and not any(p in ours for p in params):
+            raise NotImplementedError(
+                f"{type(self).__name__} follows the layers of its model, and none of its parameters is in the groups: "
+                f"parameter 0 there has shape {tuple(params[0].shape)}. DeepSpeed ZeRO puts flat partitions in their "
+                "place: use DDP, or efcp_mfac or efcp_ggt with FSDP2."
+            )
+
+    def _units(self, params: Sequence[Tensor]) -> list[list[Tensor]]:
+        """A layer's weight and bias have one owner."""
+        trained = set(params)
+        layers = [[p for p in layer.parameters if p in trained] for layer in self._layers()]
+        return [*layers, *([p] for p in params if self._layer_of(p) is None)]
+
+    def _own_layers(self) -> list[Layer]:
+        """Those that this rank keeps and steps."""
+        return [layer for layer in self._layers() if layer.weight in self._owners]
+
+    @property
+    def _ranks(self) -> Group:
+        return world()  # statistics are of all, whoever keeps the factors
 
     def _shared_state(self, device: torch.device) -> dict[str, Tensor]:
         where = self._counting_device(device)
@@ -213,16 +241,25 @@ class SingdLayers(ParameterwiseOptimizer):
 
     def _factors(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
         state = self.state.get(layer.weight, {})
+        if "refreshes" not in state:
+            return None
         names = factor_name("input", layer.inputs), factor_name("output", layer.outputs)
-        return (state[names[0]], state[names[1]]) if names[0] in state else None
+        elsewhere = torch.empty(0, dtype=torch.promote_types(torch.float32, layer.weight.dtype))  # and not needed here
+        return state.get(names[0], elsewhere), state.get(names[1], elsewhere)
 
     def _statistics(self) -> dict[Layer, Sums]:
         """Of the layers whose factors are due, over the batch of all ranks."""
-        group = world()
         is_due = self._is_due() or any(self._is_due(layer) for layer in self._layers())
-        if group.size > 1 and not is_due:  # all ranks know that without asking
+        if self._ranks.size > 1 and not is_due:  # all ranks know that without asking
             return {}
-        return summed_over_ranks(group, {layer: self._collector.sums(layer) for layer in self._layers()})
+        return summed_over_ranks(self._ranks, {layer: self._collector.sums(layer) for layer in self._layers()})
+
+    def _share_factors(self, layers: Iterable[Layer]) -> None:
+        """Let all ranks have the new factors through which they pass their rows."""
+        names = [(layer.weight, name) for layer in layers for name in factors_for_statistics(layer)]
+        if names and self._is_divided:
+            weights = [weight for weight, _ in names]
+            self._owners.share_tensors([self.state[weight][name] for weight, name in names], weights)
 
     def _forget_statistics(self) -> None:
         self._forget()

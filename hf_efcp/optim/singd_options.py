@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hf_efcp.curvature.structures import make_structure
-from hf_efcp.optim.options import Option
+from hf_efcp.optim.options import SHARD_STATE, Option
+from hf_efcp.optim.rounding import WEIGHT_ROUNDING
 
 _SINGD = "SINGD, arXiv 2312.05705"
 _PACKAGE = "the singd package"
@@ -182,4 +183,6 @@ SINGD_OPTIONS = (
         low_open=True,
         source=_PACKAGE,
     ),
+    SHARD_STATE,
+    WEIGHT_ROUNDING,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,14 +31,14 @@ def factor_name(side: str, structure: Structure) -> str:
     return f"{side}_metric" if isinstance(structure, DenseMetric) else f"{side}_factor"
 
 
-def new_factors(layer: Layer, options: Mapping[str, Any]) -> dict[str, Tensor]:
+def new_factors(layer: Layer, options: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
     """K = I and C = I, zero directions, and KKᵀ, CCᵀ where they are kept."""
     state = {}
     words = options["preconditioner_dtype"].split("+")
     for side, structure, word in zip(_SIDES, (layer.inputs, layer.outputs), words, strict=True):
         precise = torch.promote_types(torch.float32, layer.weight.dtype)
         dtype = precise if word == "none" else getattr(torch, word)
-        identity = structure.identity(dtype, layer.weight.device)
+        identity = structure.identity(dtype, device)
         state[factor_name(side, structure)] = identity
         if has_directions(options):
             state[f"{side}_direction"] = torch.zeros_like(identity)
@@ -73,7 +73,7 @@ class FactorPair:
         return int(self.state["refreshes"]) > 0
 
     def refresh(self, sums: Sums, loss_terms: Tensor | float | None) -> None:
-        """One update of both factors from a step's sums; statistics that are not finite change nothing."""
+        """One update of both factors from a step's sums; the caller counts it. What is not finite changes nothing."""
         options, inputs, outputs = self.options, *self._factors()
         u, v = self._curvatures(sums, loss_terms)
         count = int(self.state["refreshes"])
@@ -84,7 +84,6 @@ class FactorPair:
         if options["max_growth"] is not None:
             inputs, outputs = bound_growth(inputs, outputs, options["max_growth"])
         self._write(inputs, outputs)
-        self.state["refreshes"] += 1
 
     def _lr_cov(self, count: int) -> float:
         """β after `count` updates: a mean over the first ones, where they are to be fast."""
@@ -137,23 +136,45 @@ def _copy(old: Tensor, value: Tensor, where: Tensor) -> None:
     old.copy_(torch.where(where, value.to(old.dtype), old))
 
 
+def factors_for_statistics(layer: Layer) -> dict[str, Structure]:
+    """The keys in `state` of the factors that a layer's rows pass through before they are summed, on every rank."""
+    sides = zip(_SIDES, (layer.inputs, layer.outputs), strict=True)
+    return {factor_name(side, s): s for side, s in sides if not s.sums_raw}
+
+
 def clip_scale(
-    directions: Mapping[Layer, Tensor], gradients: Mapping[Layer, Tensor], lr: float, options: Mapping[str, Any]
+    directions: Mapping[Layer, Tensor],
+    gradients: Mapping[Layer, Tensor],
+    lr: float,
+    options: Mapping[str, Any],
+    total: Callable[[Tensor], Tensor],
 ) -> Tensor | None:
     """() factor by which all preconditioned gradients are shortened, or `None` without clipping.
 
     `max_update_norm`: to that norm. `kl_clip`: by `ν = √(κ/(lr²·Σ⟨u, g⟩))`, so that twice the step's divergence,
     `(lr·ν)² uᵀFu` with `Fu ≈ g`, is at most κ.
+
+    Args:
+        directions, gradients: of the layers that this rank owns.
+        total: sums (2,) numbers over the ranks.
     """
     limit, kappa = options["max_update_norm"], options["kl_clip"]
-    if not directions or (limit is None and kappa is None):
+    if limit is None and kappa is None:
         return None
-    device = next(iter(directions.values())).device
-    scale = torch.ones((), dtype=torch.float64, device=device)
+    square, inner = total(_clip_sums(directions, gradients))
+    scale = torch.ones_like(square)
     if limit is not None:
-        norms = [torch.linalg.vector_norm(u, dtype=torch.float64).to(device) for u in directions.values()]
-        scale = (limit / torch.stack(norms).norm()).clamp_max(1)
+        scale = (limit / square.sqrt()).clamp_max(1)
     if kappa is not None and lr:
-        inner = sum((u * gradients[layer]).sum().double().to(device) for layer, u in directions.items())
         scale = torch.minimum(scale, (kappa / (lr**2 * inner.clamp_min(0))).sqrt())
     return scale
+
+
+def _clip_sums(directions: Mapping[Layer, Tensor], gradients: Mapping[Layer, Tensor]) -> Tensor:
+    """(2,) float64 `Σ|u|²` and `Σ⟨u, g⟩`."""
+    sums = [
+        torch.stack([torch.linalg.vector_norm(u, dtype=torch.float64).square(), (u * gradients[layer]).sum().double()])
+        for layer, u in directions.items()
+    ]
+    device = sums[0].device if sums else None
+    return sum((part.to(device) for part in sums), torch.zeros(2, dtype=torch.float64, device=device))

@@ -12,6 +12,7 @@ from hf_efcp.curvature.ball import ball_shrinkage
 from hf_efcp.curvature.sketch import deflate, top_eigenpairs
 from hf_efcp.optim.options import SHARD_STATE, Option, check_options
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
+from hf_efcp.optim.rounding import WEIGHT_ROUNDING
 
 _SKETCHY = "Sketchy, arXiv 2302.03764"
 
@@ -33,6 +34,7 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         weight_decay: decoupled, as AdamW's.
         shard_state: whether each rank of DDP keeps the sketches of parameters of its own; `None`: where there are
             several.
+        weight_rounding: of 16-bit weights, `"stochastic"` or to the `"nearest"`; the point of a ball is the nearest.
 
     Raises:
         ValueError, TypeError: an option is out of range or of the wrong kind, by name.
@@ -64,6 +66,7 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         ),
         Option("weight_decay", float, "decoupled weight decay, times lr", low=0, source="AdamW, arXiv 1711.05101"),
         SHARD_STATE,
+        WEIGHT_ROUNDING,
     )
 
     def __init__(
@@ -77,6 +80,7 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         system: str = "parameter",
         weight_decay: float = 0.0,
         shard_state: bool | None = None,
+        weight_rounding: str = "stochastic",
     ):
         given = dict(locals())
         super().__init__(params, check_options(self.options, given))
@@ -125,10 +129,7 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         weights = (inside - outside) * dots
         for p, u, g in zip(params, bases, gradients, strict=True):
             update = g * outside.to(g.device, g.dtype) + u @ weights.to(u.device, u.dtype)
-            lr, decay = groups[p]["lr"], groups[p]["weight_decay"]
-            if lr and decay:
-                p.mul_(1 - lr * decay * accept.to(p.device).double())
-            p.add_(update.view(p.shape), alpha=-lr)
+            self._move(p, update.view(p.shape), groups[p], groups[p]["lr"], accept)
             self.state[p]["step"] += 1
         if self.defaults["radius"] is not None and any(group["lr"] for group in groups.values()):
             self._project(params, bases, *self._roots(spectrum), keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_efcp.optim.options import SHARD_STATE, Option
+from hf_efcp.optim.rounding import WEIGHT_ROUNDING
 
 _SKETCHY = "Sketchy, arXiv 2302.03764"
 _HERE = "this package"
@@ -69,4 +70,5 @@ SHAMPOO_OPTIONS = (
     Option("sketch_dtype", str, "dtype of the directions", choices=("float32", "bfloat16", "float64"), source=_HERE),
     Option("momentum_dtype", str, "dtype of the momentum", choices=("float32", "bfloat16"), source=_HERE),
     SHARD_STATE,
+    WEIGHT_ROUNDING,
 )

@@ -13,6 +13,7 @@ from hf_efcp.optim.momentum import Momentum, momentum_step_, step_
 from hf_efcp.optim.options import check_options
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
 from hf_efcp.optim.partition import Slices, find_slices, long_axes, partition, without_zeros
+from hf_efcp.optim.rounding import exactly
 from hf_efcp.optim.sketch_state import BlockSketches, compute_dtype, new_sketches
 from hf_efcp.optim.sketchy_options import SHAMPOO_OPTIONS
 
@@ -55,6 +56,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         start_preconditioning_step: steps that are the graft step itself.
         sketch_dtype, momentum_dtype: storage; float64 sketches compute in float64.
         shard_state: whether each rank of DDP keeps and steps parameters of its own; `None`: where there are several.
+        weight_rounding: of 16-bit weights, `"stochastic"` or to the `"nearest"`, which loses small steps.
 
     Raises:
         ValueError, TypeError: an option is out of range or of the wrong kind, by name.
@@ -91,6 +93,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         sketch_dtype: str | torch.dtype = "float32",
         momentum_dtype: str | torch.dtype = "float32",
         shard_state: bool | None = None,
+        weight_rounding: str = "stochastic",
     ):
         given = dict(locals())
         super().__init__(params, check_options(self.options, given))
@@ -209,17 +212,19 @@ class SketchyShampoo(ParameterwiseOptimizer):
         factor = self.param_groups[0]["momentum"]  # OneCycleLR writes it there
         rule = Momentum.of(factor, self.defaults["nesterov"], self.defaults["ema"], count)
         for i, (p, update) in enumerate(zip(params, updates, strict=True)):
-            lr, decay, state = group_of[p]["lr"], group_of[p]["weight_decay"], self.state[p]
-            if lr and decay:
-                p.mul_(1 - lr * decay * accept.double())
-            state["step"] += 1
-            if known and not known[i]:
-                continue
-            mask = None if known else finite[i]
-            if "momentum" in state:
-                momentum_step_(p, state["momentum"], update, lr, rule, mask, slices)
-            else:
-                step_(p, update, lr, mask, slices)
+            group, state = group_of[p], self.state[p]
+            lr, decay = group["lr"], group["weight_decay"]
+            with exactly(p, group["weight_rounding"] if lr else "nearest", int(state["step"])) as weight:
+                if lr and decay:
+                    weight.mul_(1 - lr * decay * accept.double())
+                state["step"] += 1
+                if known and not known[i]:
+                    continue
+                mask = None if known else finite[i]
+                if "momentum" in state:
+                    momentum_step_(weight, state["momentum"], update, lr, rule, mask, slices)
+                else:
+                    step_(weight, update, lr, mask, slices)
 
     def _mask(self, accept: Tensor) -> Tensor | None:
         """`accept`, where the host has not seen already that it is true."""

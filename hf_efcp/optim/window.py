@@ -190,7 +190,10 @@ class WindowOptimizer(EfcpOptimizer):
     def _acceptable(self, gradients: list[Tensor], shared: dict[str, Tensor], group: Group) -> Tensor:
         """() bool: the gradients are finite, and are not the zeros by which checkpointing materialises state."""
         device = shared["step"].device
-        finite = group.all_(torch.stack([gradient.sum().isfinite().to(device) for gradient in gradients]).all())
+        # What another rank owns may be broken here alone; then no rank steps.
+        seen = [p.grad for p in self._parameters() if p.grad is not None] if self._is_divided else gradients
+        sums = [gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)) for gradient in seen]
+        finite = group.all_(torch.stack([total.isfinite().to(device) for total in sums]).all())
         shared["skipped"] += ~finite
         if any(settings["lr"] for settings in self.param_groups):
             return finite

@@ -3,7 +3,7 @@
 from hf_efcp.parallel.collect import collect
 from hf_efcp.parallel.group import Group, planned, world
 from hf_efcp.parallel.ownership import Local, Replicated
-from hf_efcp.parallel.pieces import Piece
+from hf_efcp.parallel.pieces import Piece, balanced
 from hf_efcp.parallel.sharing import Sharing, check_replicas, find_sharing, local_part
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Piece",
     "Replicated",
     "Sharing",
+    "balanced",
     "check_replicas",
     "collect",
     "find_sharing",

@@ -66,15 +66,15 @@ class Replicated(Local):
 
     Args:
         unit: entries that stay together; `None` for whole parameters.
-        costs: what whole parameters are divided by; their entries if not given.
+        ranks: of each whole parameter the one that owns it; by their entries if not given.
     """
 
-    def __init__(self, params: Sequence[Tensor], unit: int | None, group: Group, costs: Sequence[int] | None = None):
+    def __init__(self, params: Sequence[Tensor], unit: int | None, group: Group, ranks: Sequence[int] | None = None):
         super().__init__(params)
         numels = [p.numel() for p in self.params]
         self.group = group
         whole = unit is None
-        self.by_rank = owners(numels, group.size, costs) if whole else slices(numels, unit, group.size)
+        self.by_rank = owners(numels, group.size, ranks) if whole else slices(numels, unit, group.size)
         self.pieces = self.by_rank[group.rank]
 
     def gradients(self) -> list[Tensor | None]:

@@ -73,13 +73,20 @@ def rows(shapes: Sequence[torch.Size], n_ranks: int) -> list[list[Piece]]:
     ]
 
 
-def owners(numels: Sequence[int], n_ranks: int, costs: Sequence[int] | None = None) -> list[list[Piece]]:
-    """Every parameter whole with one rank, the one of most entries or cost first to the rank that has the least."""
-    costs = numels if costs is None else costs
-    loads = [0] * n_ranks
-    owned: list[list[Piece]] = [[] for _ in range(n_ranks)]
-    for number in sorted(range(len(numels)), key=lambda i: -costs[i]):
+def balanced(costs: Sequence[int], n_ranks: int) -> list[int]:
+    """A rank for each of the costs, the largest first to the rank that has the least."""
+    loads, ranks = [0] * n_ranks, [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda i: -costs[i]):
         rank = loads.index(min(loads))
         loads[rank] += costs[number]
-        owned[rank].append(Piece(number, 0, numels[number], whole=True))
-    return [sorted(pieces, key=lambda piece: piece.number) for pieces in owned]
+        ranks[number] = rank
+    return ranks
+
+
+def owners(numels: Sequence[int], n_ranks: int, ranks: Sequence[int] | None = None) -> list[list[Piece]]:
+    """Every parameter whole with one rank: the one in `ranks`, or such that all have about as many entries."""
+    ranks = balanced(numels, n_ranks) if ranks is None else ranks
+    owned: list[list[Piece]] = [[] for _ in range(n_ranks)]
+    for number, (numel, rank) in enumerate(zip(numels, ranks, strict=True)):
+        owned[rank].append(Piece(number, 0, numel, whole=True))
+    return owned
