@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import json
 import logging
 import os
@@ -12,12 +13,26 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_pt_utils import safe_globals
+
+from hf_efcp.optim.registry import list_optimizers
 from hf_efcp.train.callbacks import own_optimizer
 
 logger = logging.getLogger(__name__)
 
-_OPTIMIZER = "optimizer.pt"
-_BROKEN = (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError)  # of torch.load and of ours
+_STATE = "trainer_state.json"
+# What a method of Trainer reads, by names in the order in which it does: which of them it was says the first that is
+# broken, or the first that is there.
+_READ_BY = {
+    "_load_from_checkpoint": ("model*.safetensors", "pytorch_model*", "adapter_model*"),
+    "_load_optimizer_and_scheduler": ("optimizer*", "scheduler.pt"),
+    "_load_scaler": ("scaler.pt",),
+    "_load_rng_state": ("rng_state*.pth",),
+}
+# Of torch.load (OSError where a file is cut off), of safetensors and of ours; KeyError and TypeError of foreign files.
+_BROKEN = (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError, SafetensorError)
 
 
 def last_complete_checkpoint(folder: str) -> str | None:
@@ -40,7 +55,7 @@ def last_complete_checkpoint(folder: str) -> str | None:
 
 def _is_complete(path: str) -> bool:
     try:
-        with open(os.path.join(path, "trainer_state.json"), encoding="utf-8") as file:
+        with open(os.path.join(path, _STATE), encoding="utf-8") as file:
             return "global_step" in json.load(file)
     except (OSError, ValueError):
         return False
@@ -52,20 +67,23 @@ def wrap_saving_and_loading(trainer_class: type) -> None:
     All processes enter them, whatever made them save: interval, epoch, best metric or a callback.
     """
     _wrap(trainer_class, "_save_optimizer_and_scheduler", _joined)
-    _wrap(trainer_class, "_load_optimizer_and_scheduler", _named)
+    _wrap(trainer_class, "_load_from_checkpoint", _with_state)
+    for name in _READ_BY:
+        _wrap(trainer_class, name, _NAMED[name])
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[[Any, Any], contextlib.AbstractContextManager]) -> None:
     method = getattr(owner, name)
-    if getattr(method, "is_wrapped", False):
+    if wrapper in getattr(method, "wrappers", ()):
         return
 
     @functools.wraps(method)
-    def wrapped(trainer: Any, folder: Any) -> Any:
+    def wrapped(trainer: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
         with wrapper(trainer, folder):
-            return method(trainer, folder)
+            return method(trainer, folder, *args, **kwargs)
 
-    setattr(wrapped, "is_wrapped", True)  # noqa: B010 - a function has no such attribute for a type checker
+    earlier = getattr(method, "wrappers", ())
+    setattr(wrapped, "wrappers", (*earlier, wrapper))  # noqa: B010 - a function has no such attribute for a type checker
     setattr(owner, name, wrapped)
 
 
@@ -75,17 +93,63 @@ def _joined(trainer: Any, folder: str) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def _named(trainer: Any, folder: str | None) -> Iterator[None]:
-    optimizer = own_optimizer(trainer.optimizer)
-    if folder is None or optimizer is None:
-        yield
-        return
+def _named(patterns: tuple[str, ...], trainer: Any, folder: str | None) -> Iterator[None]:
+    """Name what does not load, where the optimizer is one of this package."""
     try:
         yield
     except _BROKEN as error:
-        text = " ".join(str(error).split())
+        is_named = str(error).startswith(str(folder)) or getattr(error, "filename", None)
+        if folder is None or is_named or not _is_ours(trainer):
+            raise
+        path, text = _culprit(folder, patterns), " ".join(str(error).split())
+        into = _target(trainer, os.path.basename(path))
         raise RuntimeError(
-            f"{os.path.join(folder, _OPTIMIZER)} does not load into {type(optimizer).__name__}: "
-            f"{text if len(text) <= 400 else text[:397] + '...'} Resume from another one, or start anew from the "
-            "weights with from_pretrained."
+            f"{path} does not load{into}: {text if len(text) <= 400 else text[:397] + '...'} Resume from another "
+            "checkpoint, or start anew from the weights with from_pretrained."
         ) from error
+
+
+_NAMED = {name: functools.partial(_named, patterns) for name, patterns in _READ_BY.items()}
+
+
+@contextlib.contextmanager
+def _with_state(trainer: Any, folder: str | None) -> Iterator[None]:
+    """Weights, and the step at which they were saved, which Trainer reads next."""
+    yield
+    path = os.path.join(folder or "", _STATE)
+    if folder is not None and _is_ours(trainer) and os.path.isfile(path) and not _is_complete(folder):
+        raise RuntimeError(f"{path} does not load: it is not the state of a Trainer, or was cut off.")
+
+
+def _is_ours(trainer: Any) -> bool:
+    name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    return own_optimizer(trainer.optimizer) is not None or name in list_optimizers()
+
+
+def _target(trainer: Any, file_name: str) -> str:
+    """What the file should have gone into."""
+    if file_name.startswith("optimizer"):
+        return f" into {type(own_optimizer(trainer.optimizer)).__name__}"
+    return f" into {type(trainer.model).__name__}" if "model" in file_name else ""
+
+
+def _culprit(folder: str, patterns: tuple[str, ...]) -> str:
+    """The first file of these names that cannot be read; where all can, the first that is there."""
+    paths = [path for pattern in patterns for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))]
+    return next((path for path in paths if not _is_readable(path)), (paths or [os.path.join(folder, patterns[0])])[0])
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        if path.endswith(".json"):
+            with open(path, encoding="utf-8") as file:
+                json.load(file)
+        elif path.endswith(".safetensors"):
+            with safe_open(path, "pt"):
+                pass
+        elif os.path.isfile(path):
+            with safe_globals():  # random numbers are saved with numpy's types
+                torch.load(path, map_location="cpu", weights_only=True)
+    except _BROKEN:
+        return False
+    return True

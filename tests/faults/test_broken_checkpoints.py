@@ -12,10 +12,10 @@ from hf_efcp.train import EfcpTrainer
 from hf_efcp.train.checkpoints import last_complete_checkpoint
 
 
-def trainer(cls, folder, optim="efcp_mfac", **changes):
+def trainer(cls, folder, optim="efcp_mfac", width=16, **changes):
     set_seed(0)
     config = BertConfig(
-        vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        vocab_size=100, hidden_size=width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=16,
     )  # fmt: skip
     ids = torch.randint(5, 100, (64, 12), generator=torch.Generator().manual_seed(1))
@@ -30,10 +30,10 @@ def trainer(cls, folder, optim="efcp_mfac", **changes):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Runs of two optimizers with checkpoints after 2, 4 and 6 steps."""
+    """Runs of three optimizers, one on a narrower model, with checkpoints after 2, 4 and 6 steps."""
     folder = tmp_path_factory.mktemp("saved")
-    for optim in ("efcp_mfac", "adamw_torch"):
-        trainer(Trainer, folder / optim, optim).train()
+    for optim in ("efcp_mfac", "efcp_ggt", "adamw_torch"):
+        trainer(Trainer, folder / optim, optim, width=8 if optim == "adamw_torch" else 16).train()
     return folder
 
 
@@ -50,8 +50,9 @@ def truncate(folder, name):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def take_foreign(folder, other):
-    shutil.copy(other / "adamw_torch" / "checkpoint-4" / "optimizer.pt", folder / "checkpoint-4" / "optimizer.pt")
+def take(name, folder, other):
+    """A file of another run's checkpoint."""
+    shutil.copy(other / "checkpoint-4" / name, folder / "checkpoint-4" / name)
 
 
 def make_older(folder):
@@ -63,23 +64,36 @@ def make_older(folder):
     torch.save(state, path)
 
 
+OPTIMIZER, WEIGHTS = "optimizer.pt does not load into MFAC: ", "model.safetensors does not load into Bert.*: "
+BROKEN = {
+    "truncated": (lambda f, _: truncate(f, "optimizer.pt"), OPTIMIZER + ".*(PytorchStreamReader|zip archive)"),
+    "foreign": (
+        lambda f, o: take("optimizer.pt", f, o / "adamw_torch"),
+        OPTIMIZER + "The saved state is not one of MFAC: its group 0 lacks",
+    ),
+    "another's": (
+        lambda f, o: take("optimizer.pt", f, o / "efcp_ggt"),
+        OPTIMIZER + "The saved state is not one of MFAC: its group 0 lacks `damping`",
+    ),
+    "older": (lambda f, _: make_older(f), OPTIMIZER + ".*its group 0 lacks `moment_dtype`"),
+    "truncated weights": (lambda f, _: truncate(f, "model.safetensors"), WEIGHTS),
+    "foreign weights": (lambda f, o: take("model.safetensors", f, o / "adamw_torch"), WEIGHTS + ".*size mismatch"),
+    "truncated schedule": (lambda f, _: truncate(f, "scheduler.pt"), "scheduler.pt does not load: "),
+    "truncated randomness": (lambda f, _: truncate(f, "rng_state.pth"), "rng_state.pth does not load: "),
+    "truncated state": (lambda f, _: truncate(f, "trainer_state.json"), "trainer_state.json does not load: "),
+}
+
+
 @pytest.mark.parametrize("cls", [Trainer, EfcpTrainer])
-@pytest.mark.parametrize(
-    ("spoil", "wrong"),
-    [
-        (lambda folder, _: truncate(folder, "optimizer.pt"), "PytorchStreamReader|zip archive"),
-        (take_foreign, "The saved state is not one of MFAC: its group 0 lacks"),
-        (lambda folder, _: make_older(folder), "its group 0 lacks `moment_dtype`"),
-    ],
-    ids=["truncated", "foreign", "older"],
-)
-def test_one_error_names_file_and_difference(saved, tmp_path, cls, spoil, wrong):
+@pytest.mark.parametrize("what", BROKEN)
+def test_one_error_names_file_and_difference(saved, tmp_path, cls, what):
+    spoil, wrong = BROKEN[what]
     folder = tmp_path / "run"
     shutil.copytree(saved / "efcp_mfac", folder)
     spoil(folder, saved)
     before = contents(folder)
     path = str(folder / "checkpoint-4")
-    with pytest.raises(RuntimeError, match=f"checkpoint-4/optimizer.pt does not load into MFAC: .*({wrong})"):
+    with pytest.raises(RuntimeError, match=f"checkpoint-4/{wrong}"):
         trainer(cls, folder).train(resume_from_checkpoint=path)
     assert contents(folder) == before
     trainer(cls, folder, save_strategy="no").train(resume_from_checkpoint=str(folder / "checkpoint-2"))
