@@ -55,7 +55,7 @@ class SINGD(SingdLayers):
         normalize_lr_cov: divide `lr_cov` by the direction's largest entry.
         damping_mode: `"relative"`: U and V are measured in units of their mean eigenvalues, and λ with them.
         limit_lr_cov: divide `lr_cov` by the direction's spectral radius, where above 1.
-        warm_steps: first steps that all update the factors, the n-th with `lr_cov` of at least 1/n.
+        warm_steps: first steps that all update the factors, the n-th with `lr_cov` of at least 1/n, the first of 1/2.
         lr_cov_warmup: updates over which `lr_cov` rises.
         warm_start: start at the scale of the first statistics, where the published rule starts at I and grows.
         max_growth: bound on `τ(KKᵀ)·τ(CCᵀ)`.

@@ -112,7 +112,7 @@ SINGD_OPTIONS = (
     Option(
         "warm_steps",
         int,
-        "first steps that all update the factors, the n-th by at least 1/n: they start as means",
+        "first steps that all update the factors, the n-th by at least 1/n, the first by 1/2: they start as means",
         low=0,
         high=1_000_000,
         source=_HERE,

@@ -86,10 +86,14 @@ class FactorPair:
         self._write(inputs, outputs)
 
     def _lr_cov(self, count: int) -> float:
-        """β after `count` updates: a mean over the first ones, where they are to be fast."""
+        """β after `count` updates: a mean over the first ones, where they are to be fast.
+
+        1 would take the whole of `limit_lr_cov`'s bound: the direction of the largest curvature, which a first batch
+        has for all its gradients, would be left with 0, or less by rounding, and never be stepped along again.
+        """
         options = self.options
         beta = options["lr_cov"] * min(1.0, (count + 1) / max(1, options["lr_cov_warmup"]))
-        return max(beta, 1 / (count + 1)) if count < options["warm_steps"] else beta
+        return max(beta, min(0.5, 1 / (count + 1))) if count < options["warm_steps"] else beta
 
     def _curvatures(self, sums: Sums, loss_terms: Tensor | float | None) -> tuple[Tensor, Tensor]:
         """U and V; with relative damping in units of their mean eigenvalues."""

@@ -53,5 +53,36 @@ def test_the_loss_falls_where_rounding_to_the_nearest_stands_still():
     assert nearest[-1] > 0.5 * exact[0]
 
 
+RATES = {"sketchy_shampoo": 2e-3, "sketchy_adagrad": 0.05, "efcp_singd": 1e-3, "singd": 1e-3}
+
+
+def layer_losses(name, rounding, dtype, n_steps=400):
+    """The same for a layer, as SINGD needs one."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, truth = torch.randn(64, 8, generator=generator), torch.randn(4, 8, generator=generator)
+    layer = nn.Linear(8, 4, bias=False)
+    layer.weight.data = (truth + 0.3).to(dtype)
+    optimizer = create_optimizer(name, layer, lr=RATES[name], weight_rounding=rounding)
+    found = []
+    for _ in range(n_steps):
+        optimizer.zero_grad()
+        loss = (layer(inputs.to(dtype)).float() - inputs @ truth.T).square().mean()
+        loss.backward()
+        optimizer.step()
+        found.append(float(loss.detach()))
+    return found
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_no_optimizer_loses_small_steps(name):
+    exact, drawn, nearest = (
+        layer_losses(name, *case)
+        for case in (("nearest", torch.float32), ("stochastic", torch.bfloat16), ("nearest", torch.bfloat16))
+    )
+    assert exact[-1] < 0.05 * exact[0]
+    assert drawn[-1] < 0.1 * exact[0]
+    assert nearest[-1] > 2 * drawn[-1]
+
+
 def test_float32_weights_do_not_care():
     assert losses("stochastic", torch.float32, 20) == losses("nearest", torch.float32, 20)

@@ -7,6 +7,7 @@ import torch
 from test_singd import PLAIN, Deep, batch, fixed, loss_of, moments, parameters, train
 from torch import nn
 
+from hf_efcp import create_optimizer
 from hf_efcp.optim.singd import SINGD
 from hf_efcp.optim.singd_state import FactorPair
 
@@ -73,7 +74,7 @@ def test_adam_over_factors_that_stay_is_adamw(moment_dtype):
 
 
 def test_warm_steps_take_a_mean_of_the_first_curvatures():
-    """IKFAC, each factor a number, from I: `n`-th update with `lr_cov` 1/n, at every step before `warm_steps`."""
+    """IKFAC, each factor a number, from I: `n`-th update with `lr_cov` 1/n, the first with 1/2, before `warm_steps`."""
     model = nn.Linear(1, 1, bias=False).double()
     optimizer = SINGD(model, lr=0.0, T=10, lr_cov=1e-3, damping=0.0, kfac_like=True, warm_steps=3)
     k, expected = 1.0, []
@@ -82,10 +83,28 @@ def test_warm_steps_take_a_mean_of_the_first_curvatures():
         (model(torch.full((1, 1), 0.5 + 0.1 * step, dtype=torch.float64)) ** 2).sum().backward()
         optimizer.step()
         if step < 3 or step == 10:
-            beta = max(1e-3, 1 / (step + 1)) if step < 3 else 1e-3
+            beta = max(1e-3, min(0.5, 1 / (step + 1))) if step < 3 else 1e-3
             k -= beta * k * 0.5 * (k**2 * (0.5 + 0.1 * step) ** 2 - 1)
         expected.append(k**2)
         torch.testing.assert_close(optimizer.state[model.weight]["input_metric"].item(), expected[-1])
+
+
+def test_gradients_of_one_direction_are_still_followed():
+    """All outputs err alike, so one direction has all curvature: the first update must not take it away."""
+    layer = nn.Linear(8, 4, bias=False)
+    inputs, truth = torch.randn(64, 8), layer.weight.detach().clone()
+    layer.weight.data += 0.3
+    optimizer = create_optimizer("efcp_singd", layer, lr=1e-3)
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = (layer(inputs) - inputs @ truth.T).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    metric = optimizer.state[layer.weight]["output_metric"].view(4, 4)
+    assert torch.linalg.eigvalsh(metric)[0] > 0
+    assert losses[-1] < 0.4 * losses[0]
 
 
 def test_other_parameters_follow_the_schedule_at_a_rate_of_their_own():
