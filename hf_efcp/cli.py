@@ -225,7 +225,9 @@ def _add_memory(commands: Any) -> None:
         help="what a model and an optimizer will hold, without allocating it",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    memory.add_argument("model", metavar="MODEL", help="Hub id, local folder, config.json or model type (bert)")
+    told = "Hub id, local folder, config.json or model type (bert)"
+    memory.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=told)
+    memory.add_argument("--model", metavar="MODEL", help="the same")
     memory.add_argument("--optim", required=True, metavar="NAME", help="as `hf-efcp list` prints it")
     memory.add_argument("--optim_args", metavar="name=value,...", help="its options, as for training")
     memory.add_argument("--model_class", metavar="CLASS", help="of transformers, instead of the config's")
@@ -233,7 +235,7 @@ def _add_memory(commands: Any) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights, if not the config's"
     )
     memory.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where training will run")
-    memory.add_argument("--world_size", type=int, default=1, metavar="N", help="processes")
+    memory.add_argument("--world_size", type=int, nargs="+", default=[1], metavar="N", help="processes; or several")
     memory.set_defaults(text=_memory)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,26 +169,33 @@ def _line(error: BaseException) -> str:
 
 
 def memory_text(
-    source: str,
+    source: str | None,
     name: str,
     options: Mapping[str, Any],
     *,
     model_class: str | None = None,
     dtype: str | None = None,
     device: str = "cpu",
-    world_size: int = 1,
+    world_size: int | Sequence[int] = 1,
 ) -> str:
     """The table that `hf-efcp memory` prints.
+
+    Args:
+        world_size: one number of processes, or several to plan with.
 
     Raises:
         ValueError, TypeError: as `meta_model` and `footprint`.
     """
-    if world_size < 1:
-        raise ValueError(f"`world_size` must be at least 1, got {world_size}.")
+    if source is None:
+        raise ValueError("There is no model to count: give a Hub id, local folder, config.json or model type.")
+    sizes = [world_size] if isinstance(world_size, int) else list(world_size)
+    if min(sizes) < 1:
+        raise ValueError(f"`world_size` must be at least 1, got {min(sizes)}.")
     spec = get_spec(name)
     spec.resolve(options)  # a wrong option is told before any model is looked for
     model, origin = meta_model(source, model_class=model_class, dtype=dtype)
-    count = footprint(model, name, options, device=device, world_size=world_size)
+    counts = {size: footprint(model, name, options, device=device, world_size=size) for size in sizes}
+    count = counts[sizes[0]]
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
     head = f"{type(model).__name__}, {count.n_parameters:,} parameters, {dtypes} ({origin})"
     frozen = count.n_parameters - count.n_trained
@@ -196,17 +203,21 @@ def memory_text(
     notes = [f"{name}: {settings or 'default options'}."]
     if frozen:
         notes.append(f"{frozen:,} parameters are frozen; bytes are per parameter that is trained.")
-    if world_size > 1:
+    if max(sizes) > 1:
+        number = sizes[0] if len(sizes) == 1 else "so many"
         notes.append(
-            f"Bytes are those of the first of {world_size} processes of DDP. Each has all weights and gradients and a "
+            f"Bytes are those of the first of {number} processes of DDP. Each has all weights and gradients and a "
             f"part of the state of {name} (shard_state). FSDP2 divides weights and gradients too."
         )
     lines = [line for note in (*notes, _NOT_COUNTED) for line in textwrap.wrap(note, 100, break_long_words=False)]
-    return "\n".join([head, "", *_table(name, count), "", *lines])
+    return "\n".join([head, "", *_table(name, counts), "", *lines])
 
 
-def _table(name: str, count: Footprint) -> list[str]:
-    rows = [("weights", count.weights), ("gradients", count.gradients), (name, count.state)]
+def _table(name: str, counts: Mapping[int, Footprint]) -> list[str]:
+    count = next(iter(counts.values()))
+    rows = [("weights", count.weights), ("gradients", count.gradients)]
+    for size, of_size in counts.items():
+        rows.append((name if len(counts) == 1 else f"{name} of {size}", of_size.state))
     rows.append(("adamw_torch", count.adamw))
     cells = [("", "bytes per parameter", "bytes")]
     cells += [(label, f"{size / count.n_trained:.2f}", f"{size:,}") for label, size in rows]

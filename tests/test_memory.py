@@ -127,6 +127,15 @@ def test_the_command_prints_the_count_beside_adamw(folder, capsys):
     assert "mfac: window=4." in text
 
 
+def test_several_numbers_of_processes_are_one_table(folder, capsys):
+    words = ["memory", "--optim", "mfac", "--optim_args", "window=4", "--world_size", "1", "2", "--model", str(folder)]
+    assert main(words) == 0
+    rows = dict(line.rsplit("  ", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("mfac of"))
+    model, _ = meta_model(str(folder))
+    for row, size in zip(rows.values(), (1, 2), strict=True):
+        assert row.strip() == f"{footprint(model, 'mfac', {'window': 4}, world_size=size).state:,}"
+
+
 def test_what_a_budget_picked_is_printed(folder):
     text = " ".join(memory_text(str(folder), "efcp_mfac", {"memory_budget": "800KB"}).split())
     count = footprint(meta_model(str(folder))[0], "efcp_mfac", {"memory_budget": "800KB"})
@@ -154,6 +163,7 @@ def test_a_config_is_enough_and_another_class_may_be_asked_for(source, tmp_path)
         ({"architectures": ["MyModel"]}, [], "has no class `MyModel`, named by the config; give one with"),
         ({"model_type": "mine"}, [], "cannot be read"),
         ({}, ["--world_size", "0"], "`world_size` must be at least 1, got 0."),
+        ({}, ["--world_size", "8", "-2"], "`world_size` must be at least 1, got -2."),
         ({}, ["--optim_args", "windo=3"], "Did you mean `window`?"),
         ({}, ["--optim_args", "memory_budget=1KB"], "the smallest window, of 8 rows, takes"),
     ],
@@ -172,6 +182,11 @@ def test_what_cannot_be_counted_is_told_in_one_line(changes, words, message, fol
 def test_a_hub_id_that_cannot_be_reached_is_one_line(source, capsys):
     assert main(["memory", source, "--optim", "mfac"]) == 2
     assert capsys.readouterr().err.startswith(f"hf-efcp: `{source}` is no local folder and no model type, and the Hub")
+
+
+def test_no_model_is_told(capsys):
+    assert main(["memory", "--optim", "mfac"]) == 2
+    assert "There is no model to count: give a Hub id" in capsys.readouterr().err
 
 
 def test_a_folder_without_config_is_told(tmp_path, capsys):
