@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +11,17 @@ from typing import Any
 import torch
 
 
-def parse_optim_args(text: str | None) -> dict[str, str]:
+def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, str]:
     """Options and their values, as words.
 
-    Accepts all that transformers' own parser accepts, with the same result, and JSON objects besides.
+    Accepts all that transformers' own parser accepts, with the same result, and besides JSON objects, and dicts or how
+    Python prints them: Trainer's search for hyper-parameters sets `optim_args` to what a trial gives, or to its `str`.
 
     Raises:
         ValueError: an item that is not `name=value`, a name given twice, or JSON that is not a flat object.
     """
+    if isinstance(text, Mapping):
+        text = format_optim_args(text)
     if not text or not text.strip():
         return {}
     pairs = _json_pairs(text) if text.lstrip().startswith("{") else [_pair(item, text) for item in text.split(",")]
@@ -57,6 +62,8 @@ def _json_pairs(text: str) -> list[tuple[str, str]]:
         # Pairs instead of a dict: a dict would drop the first of two equal names in silence.
         pairs = json.loads(text, object_pairs_hook=list)
     except json.JSONDecodeError as error:
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, AttributeError, RecursionError, MemoryError):
+            return _json_pairs(format_optim_args(ast.literal_eval(text)))
         raise ValueError(f"`optim_args` starts like JSON and is not: {error} in {text!r}.") from None
     for name, value in pairs:
         if isinstance(value, list):

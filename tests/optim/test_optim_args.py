@@ -27,6 +27,12 @@ def test_a_dict_survives_as_text():
     assert spec.resolve(parse_optim_args(format_optim_args(options))) == spec.resolve(options)
 
 
+def test_a_dict_and_its_print_are_understood():
+    options = {"window": 3, "damping": 1e-7, "shard_state": False, "scaling": "none"}
+    words = {"window": "3", "damping": "1e-07", "shard_state": "false", "scaling": "none"}
+    assert parse_optim_args(options) == parse_optim_args(str(options)) == words
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -39,6 +45,9 @@ def test_a_dict_survives_as_text():
         ("window=4,window=8", "`window` twice"),
         ('{"window": 4, "window": 8}', "`window` twice"),
         ('{"window": 4', "starts like JSON"),
+        ("{'window', 4}", "starts like JSON"),
+        ("{'window': [4]}", "starts like JSON"),
+        ("{" * 10000, "starts like JSON"),
         ('{"window": [4]}', "flat"),
         ('{"window": {"a": 4}}', "flat"),
     ],

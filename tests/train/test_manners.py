@@ -69,7 +69,7 @@ def test_trackio_receives_the_metrics(tiny_bert, texts, arguments, tmp_path, mon
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_search_runs_over_options(tiny_bert, texts, arguments):
-    """optuna's trials set `optim_args`; each run has the options of its trial."""
+    """optuna's trials set `optim_args`, here as a dict; each run has the options of its trial."""
     pytest.importorskip("optuna")
     windows = []
 
@@ -81,7 +81,7 @@ def test_a_search_runs_over_options(tiny_bert, texts, arguments):
 
     def space(trial):
         window = trial.suggest_categorical("window", [2, 3])
-        return {"optim_args": f"window={window},density={trial.suggest_float('density', 0.1, 0.5)}"}
+        return {"optim_args": {"window": window, "density": trial.suggest_float("density", 0.1, 0.5)}}
 
     args = arguments(optim="efcp_mfac", optim_args=OPTIONS, max_steps=2, eval_strategy="steps", eval_steps=2)
     trainer = Seen(args=args, train_dataset=texts, eval_dataset=texts[:8], model_init=tiny_bert)
