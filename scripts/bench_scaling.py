@@ -5,7 +5,10 @@
 Each process holds the same model and gradients, as after DDP. Printed for each number of processes: bytes of state of
 the fullest one, median time of a step, and what a process hands to collectives in a step, beside the formula:
 
-    8 bytes · (m for the newest row of GGᵀ, m for Gx) + 4 bytes · 2 flags + its share of the weights
+    its share of the weights, 4 bytes each, and 4 bytes · flags: 1, or 2 in M-FAC and GGT
+    M-FAC, GGT      8 bytes · (m for the newest row of GGᵀ, m for Gx)
+    SINGD           when factors are due, and here they are at each step, 4 bytes · (d_i² + d_o² + 4) for each layer's
+                    statistics and 32 for their sizes
 
 Processes share the machine's cores, so times say what the division costs here and not how it scales on a cluster.
 """
@@ -24,7 +27,9 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 from hf_efcp import create_optimizer
+from hf_efcp.optim import SINGD
 from hf_efcp.optim.optim_args import parse_optim_args
+from hf_efcp.optim.registry import get_spec
 from hf_efcp.parallel import Group
 
 
@@ -35,13 +40,14 @@ def measure(rank: int, size: int, folder: str, args: argparse.Namespace) -> None
     sent = count_traffic()
     torch.manual_seed(0)
     side = round((args.size / 8) ** 0.5)
-    params = [nn.Parameter(torch.randn(side, side)) for _ in range(8)]
-    optimizer = create_optimizer(args.optim, params, lr=1e-3, **parse_optim_args(args.optim_args))
+    model = nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(8)])
+    options = {**({"T": 1} if get_spec(args.optim).needs_model else {}), **parse_optim_args(args.optim_args)}
+    optimizer = create_optimizer(args.optim, model, lr=1e-3, **options)
     times = []
     for step in range(args.steps):
         torch.manual_seed(step)
-        for p in params:
-            p.grad = torch.randn_like(p)
+        optimizer.zero_grad()
+        model(torch.randn(32, side)).square().mean().backward()
         sent.clear()
         start = time.perf_counter()
         optimizer.step()
@@ -49,7 +55,8 @@ def measure(rank: int, size: int, folder: str, args: argparse.Namespace) -> None
     torch.save(
         {
             "bytes": optimizer.state_bytes(), "time": statistics.median(times[2:]), "sent": sum(sent),
-            "parameters": sum(p.numel() for p in params), "window": optimizer.defaults.get("window", 0),
+            "parameters": 8 * side**2, "window": optimizer.defaults.get("window", 0),
+            "statistics": 8 * (4 * (2 * side**2 + 4) + 32) if isinstance(optimizer, SINGD) else 0,
         },
         f"{folder}/{rank}.pt",
     )  # fmt: skip
@@ -77,10 +84,11 @@ def count_traffic() -> list[int]:
 
 
 def formula(figures: dict[str, int], size: int) -> int:
-    """Bytes of a step by the formula above, for rows in blocks that divide evenly."""
+    """Bytes of a step by the formula above, for rows in blocks, or layers, that divide evenly."""
     if size == 1:
         return 0
-    return 8 * 2 * figures["window"] + 4 * 2 + 4 * -(-figures["parameters"] // size)
+    shared = 8 * 2 * figures["window"] + (8 if figures["window"] else 4) + figures["statistics"]
+    return shared + 4 * -(-figures["parameters"] // size)
 
 
 def main() -> None:
