@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from hf_efcp import create_optimizer
+
 CASES = [
     of_name("efcp_mfac"),
     of_name("efcp_ggt"),
@@ -216,4 +218,15 @@ def test_fsdp1_is_refused_by_name():
     optimizer = CASES[0].build_plain([parameter])
     parameter.grad = torch.ones(4)
     with pytest.raises(NotImplementedError, match=r"parameter 0 of shape \(4,\) is flattened by FSDP1.*fsdp_version 2"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["efcp_singd", "singd"])
+def test_flat_partitions_are_refused_by_name(name):
+    """DeepSpeed ZeRO puts one in the place of each group's parameters; no layer would be left."""
+    optimizer = create_optimizer(name, model(), lr=0.01)
+    flat = nn.Parameter(torch.ones(10))
+    flat.grad = torch.ones(10)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(NotImplementedError, match=r"parameter 0 there has shape \(10,\). DeepSpeed ZeRO.*use DDP"):
         optimizer.step()
