@@ -108,7 +108,7 @@ def _one_side(gradient: Tensor, axis: int, root: Root, projection: Tensor) -> Te
 
 
 def _both_sides(gradient: Tensor, left: Root, right: Root, left_projection: Tensor, right_projection: Tensor) -> Tensor:
-    """`L G R` in one product with 2k inner columns beside the two projections.
+    """`L G R` in two products with k inner columns beside the two projections.
 
     With `A = UᵀG`, `Q = GV`, `S = UᵀQ`, `a = e_L/c_L − 1`, `b = e_R/c_R − 1`:
     `L G R = c_L c_R [G + U(aA) + (Q + U(aS)) b Vᵀ]`.
@@ -117,9 +117,8 @@ def _both_sides(gradient: Tensor, left: Root, right: Root, left_projection: Tens
     a = _of(left.inside / left.outside[..., None] - 1, gradient)[..., None]
     b = _of(right.inside / right.outside[..., None] - 1, gradient)[..., None, :]
     scale = _of(left.outside * right.outside, gradient)[..., None, None]
-    outer = torch.cat([u, torch.baddbmm(q, u, a * (u.mT @ q)) * b], -1)
-    inner = torch.cat([a * left_projection, v.mT], -2)
-    return ((scale * outer) @ inner).addcmul_(gradient, scale)
+    outer = torch.baddbmm(q, u, a * (u.mT @ q)) * (scale * b)
+    return (gradient * scale).baddbmm_(scale * u, a * left_projection).baddbmm_(outer, v.mT)
 
 
 def _of(values: Tensor, like: Tensor) -> Tensor:
