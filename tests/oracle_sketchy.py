@@ -49,12 +49,12 @@ def s_shampoo(
     outputs = []
     for t, gradient in enumerate(gradients):
         roots = []
-        for axis, d in enumerate(gradient.shape):
-            seen = [unfolded(g, axis) for g in gradients[: t + 1 : update_freq]]
+        for axis, d in enumerate(gradient.shape or (1,)):  # a scalar is a vector of one
+            seen = [unfolded(g.view(g.shape or (1,)), axis) for g in gradients[: t + 1 : update_freq]]
             sketch, rho, exact = frequent_directions(seen, k, beta2**update_freq)
             matrix = exact if k >= d else sketch + rho * torch.eye(d, dtype=torch.float64)
-            roots.append(inverse_root(matrix, 2 * gradient.ndim, epsilon))
-        outputs.append(multiplied(gradient, roots))
+            roots.append(inverse_root(matrix, 2 * max(gradient.ndim, 1), epsilon))
+        outputs.append(multiplied(gradient.view(gradient.shape or (1,)), roots).view(gradient.shape))
     return outputs
 
 

@@ -23,8 +23,8 @@ UPDATE_RMS = 0.25  # root mean square of the step with grafting="rms"; about tha
 
 
 def graft_state(kind: str, parameter: Tensor) -> dict[str, Tensor]:
-    """New float32 tensors of what a graft remembers of a parameter."""
-    new = {"dtype": torch.float32, "device": parameter.device}
+    """New tensors of what a graft remembers of a parameter, float32, or float64 where that is."""
+    new = {"dtype": torch.promote_types(parameter.dtype, torch.float32), "device": parameter.device}
     if kind == "rmsprop" or (kind == "adafactor" and parameter.ndim < 2):
         return {"mean_square": torch.zeros(parameter.shape, **new)}
     if kind == "adafactor":
@@ -47,7 +47,7 @@ def update_moments_(
     for name, axis in (("mean_square", None), ("row_square", -1), ("column_square", -2)):
         if name not in states[0]:
             continue
-        new = (square if axis is None else _mean(square, axis, slices)).float()
+        new = (square if axis is None else _mean(square, axis, slices)).to(states[0][name].dtype)
         left = slices if axis is None else _reduced(slices, axis % (square.ndim - 1))
         new = new if left is None else left.spread(new)
         moments, parts = [state[name] for state in states], list(new.unbind(0))

@@ -12,16 +12,21 @@ from hf_efcp.curvature.inverse_roots import inverse_root, precondition, unfold
 from hf_efcp.curvature.sketch import Sketch, exact_update, is_cheap_exactly, subspace_update
 from hf_efcp.optim.partition import Block
 
-SKETCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+def storage_dtype(name: str, parameter: Tensor) -> torch.dtype:
+    """The dtype of a name, float64 in place of float32 where the parameter is."""
+    dtype = getattr(torch, name)
+    return parameter.dtype if (dtype, parameter.dtype) == (torch.float32, torch.float64) else dtype
 
 
-def compute_dtype(options: Mapping[str, Any]) -> torch.dtype:
-    """float32, float64 where the sketches are."""
-    return torch.float64 if options["sketch_dtype"] == "float64" else torch.float32
+def compute_dtype(options: Mapping[str, Any], parameter: Tensor) -> torch.dtype:
+    """float32, float64 where the sketches or the parameter are."""
+    return torch.float64 if "float64" in (options["sketch_dtype"], str(parameter.dtype)[6:]) else torch.float32
 
 
-def new_sketches(blocks: Sequence[Block], options: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+def new_sketches(blocks: Sequence[Block], options: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
     """Empty sketches of all blocks of a parameter: `basis_<block>_<axis>`, `singular_values_…`, `tail_…`."""
+    device = parameter.device
     state = {}
     scalar = {"dtype": torch.float64, "device": device}
     for number, block in enumerate(blocks):
@@ -30,7 +35,7 @@ def new_sketches(blocks: Sequence[Block], options: Mapping[str, Any], device: to
         for axis in block.axes:
             d = block.shape[axis]
             k = min(options["rank"], d)
-            dtype = SKETCH_DTYPES[options["sketch_dtype"]]
+            dtype = storage_dtype(options["sketch_dtype"], parameter)
             state[f"basis_{number}_{axis}"] = torch.zeros(d, k, dtype=dtype, device=device)
             state[f"singular_values_{number}_{axis}"] = torch.zeros(k, **scalar)
             state[f"tail_{number}_{axis}"] = torch.zeros((), **scalar)

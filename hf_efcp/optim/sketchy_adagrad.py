@@ -17,6 +17,11 @@ from hf_efcp.optim.rounding import WEIGHT_ROUNDING
 _SKETCHY = "Sketchy, arXiv 2302.03764"
 
 
+def _precision(parameter: Tensor) -> torch.dtype:
+    """float32, or float64 where the parameter is."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
 class SketchyAdaGrad(ParameterwiseOptimizer):
     """Steps along `G̃^{-1/2} g`, `G̃ = C + ρI` a sketch of `δI + Σ ggᵀ` (arXiv 2302.03764, Alg. 2).
 
@@ -87,7 +92,7 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         rank, device = self.defaults["rank"], parameter.device
-        state = {"basis": torch.zeros(*parameter.shape, rank, device=device)}
+        state = {"basis": torch.zeros(*parameter.shape, rank, dtype=_precision(parameter), device=device)}
         if self.defaults["system"] == "parameter":
             state.update(self._new_spectrum(device))
         return state
@@ -118,13 +123,13 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         spectrum = self.state[owner]
         device = spectrum["tail"].device
         keep = accept.to(device)
-        gradients = [torch.where(accept.to(p.device), p.grad.float(), 0).reshape(-1) for p in params]
+        gradients = [torch.where(accept.to(p.device), p.grad.to(_precision(p)), 0).reshape(-1) for p in params]
         self._sketch(params, gradients, spectrum, keep)
         inside, outside = self._roots(spectrum)
         bases = [self.state[p]["basis"].view(p.numel(), -1) for p in params]
         dots, total = self._sums(bases, gradients, device)
-        # `g − UUᵀg` below float32's rounding of `U` is none: times 1/√δ it would be a step.
-        rounding = 4 * len(dots) * torch.finfo(torch.float32).eps ** 2
+        # `g − UUᵀg` below the rounding of `U` is none: times 1/√δ it would be a step.
+        rounding = 4 * len(dots) * max(torch.finfo(u.dtype).eps for u in bases) ** 2
         outside = torch.where(total - dots.square().sum() > rounding * total, outside, 0)
         weights = (inside - outside) * dots
         for p, u, g in zip(params, bases, gradients, strict=True):
@@ -145,7 +150,8 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         gram = self._summed(sum(((x.mT @ x).to(tail.device) for x in columns), gram))
         values, vectors = top_eigenpairs(gram, len(s))
         size = sum(p.numel() for p in (params if self.defaults["system"] == "parameter" else self._with_gradients()))
-        kept, cut, positive = deflate(values, len(s), size, torch.float32)
+        coarsest = max((g.dtype for g in gradients), key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+        kept, cut, positive = deflate(values, len(s), size, coarsest)
         keep = keep & kept.isfinite().all() & vectors.isfinite().all()
         turn = vectors * torch.where(positive, values[: len(s)].rsqrt(), 0)
         for p, x in zip(params, columns, strict=True):
@@ -179,7 +185,7 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         self, params: list[Tensor], bases: list[Tensor], inside: Tensor, outside: Tensor, keep: Tensor
     ) -> None:
         """The nearest point of the ball in the norm of `G̃^{1/2}`."""
-        points = [p.float().reshape(-1) for p in params]
+        points = [p.to(_precision(p)).reshape(-1) for p in params]
         device = inside.device
         dots, total = self._sums(bases, points, device)
         shrink_in, shrink_out, is_outside = ball_shrinkage(inside, outside, dots, total, self.defaults["radius"])

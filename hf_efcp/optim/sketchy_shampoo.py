@@ -14,7 +14,7 @@ from hf_efcp.optim.options import check_options
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
 from hf_efcp.optim.partition import Slices, find_slices, long_axes, partition, without_zeros
 from hf_efcp.optim.rounding import exactly
-from hf_efcp.optim.sketch_state import BlockSketches, compute_dtype, new_sketches
+from hf_efcp.optim.sketch_state import BlockSketches, compute_dtype, new_sketches, storage_dtype
 from hf_efcp.optim.sketchy_options import SHAMPOO_OPTIONS
 
 _BATCH_NUMEL = 1 << 26  # entries of equal shapes that are stepped together off the CPU: 256 MB a copy
@@ -54,7 +54,8 @@ class SketchyShampoo(ParameterwiseOptimizer):
         max_dim: axes longer than this get no sketch, and their slices have each the length of the graft step's.
         one_sided: sketch only the shortest axis, with p = 2.
         start_preconditioning_step: steps that are the graft step itself.
-        sketch_dtype, momentum_dtype: storage; float64 sketches compute in float64.
+        sketch_dtype, momentum_dtype: storage; float64 sketches compute in float64, as all is of float64 parameters but
+            what is bfloat16.
         shard_state: whether each rank of DDP keeps and steps parameters of its own; `None`: where there are several.
         weight_rounding: of 16-bit weights, `"stochastic"` or to the `"nearest"`, which loses small steps.
 
@@ -103,10 +104,10 @@ class SketchyShampoo(ParameterwiseOptimizer):
         return partition(tuple(parameter.shape), options["block_size"], options["max_dim"], options["one_sided"])
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = new_sketches(self._blocks(parameter), self.defaults, parameter.device)
+        state = new_sketches(self._blocks(parameter), self.defaults, parameter)
         state.update(graft_state(self.defaults["grafting"], parameter))
         if self.param_groups[0]["momentum"]:
-            dtype = getattr(torch, self.defaults["momentum_dtype"])
+            dtype = storage_dtype(self.defaults["momentum_dtype"], parameter)
             state["momentum"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
         return state
 
@@ -127,7 +128,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
             if p.grad is None or not p.numel() or p not in self._owners:
                 continue
             room = self._batch_size(p)
-            key = (p.device, p.shape, int(self.state[p]["step"]))
+            key = (p.device, p.dtype, p.shape, int(self.state[p]["step"]))
             filling = batches.setdefault(key, [[]])
             if len(filling[-1]) == room:
                 filling.append([])
@@ -150,7 +151,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
 
     def _gradients(self, params: list[Tensor], accept: Tensor, slices: Slices | None) -> Tensor:
         """(n, *shape), without what is zero; zero where the step is not accepted. One may be `p.grad` itself."""
-        dtype = compute_dtype(self.defaults)
+        dtype = compute_dtype(self.defaults, params[0])
         if len(params) == 1:
             stacked = without_zeros(params[0].grad[None], slices).to(dtype).contiguous()
         else:
