@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 8  # columns of the block power step besides the kept directions
-COLD_POWERS = 8  # power steps of the first update, which starts from columns of the gradient
+COLD_POWERS = 8  # power steps of the first update, which starts from columns of the gradient; then half of the last's
+COLD_SIDE = 256  # of a Gram matrix up to which the first update is exact instead
 
 
 class Sketch(NamedTuple):
@@ -54,30 +55,34 @@ def exact_update(sketch: Sketch, gradient: Tensor, beta2: float, tail_decay: flo
 
 
 def subspace_update(
-    sketch: Sketch, gradient: Tensor, beta2: float, tail_decay: float, seed: int
+    sketch: Sketch, gradient: Tensor, beta2: float, tail_decay: float, number: int
 ) -> tuple[Sketch, Tensor]:
     """The same to the accuracy of one block power step that starts from the last directions.
 
     Costs three products of `G` with k + 8 columns and needs no more memory than they do. Directions not yet in use
-    start from columns of the gradient, at the first update all of them, with more power steps. On flat spectra the
-    first 20 updates or so can miss `C + ρI ⪰ M` by some hundredths of M's largest eigenvalue; later ones do not.
+    start from columns of the gradient. The first updates, whose gradient is as large as all before it, take more power
+    steps, and small ones are exact; for large and flat spectra they can still miss `C + ρI ⪰ M` by some thousandths of
+    M's largest eigenvalue.
 
     Args:
-        seed: of the random columns besides; a step's number, so that a resumed run draws the same; 0 at the first.
+        number: of updates before; it also seeds the random columns, so that a resumed run draws the same.
 
     Returns:
         the sketch, and `UᵀG` (…, k, b), which comes for free.
     """
     basis, s = sketch.basis.to(gradient.dtype), sketch.singular_values
-    k = basis.shape[-1]
+    d, k = basis.shape[-2:]
+    if number == 0 and min(d, k + gradient.shape[-1]) <= COLD_SIDE:
+        updated = exact_update(sketch, gradient, beta2, tail_decay)
+        return updated, updated.basis.to(gradient.dtype).mT @ gradient
     squares = beta2 * s.square()
     scale = squares[..., 0] + _square_norm(gradient)
     scale = torch.where(scale > 0, scale, 1)[..., None, None]
     unit = scale.rsqrt().to(gradient.dtype)
-    q = _start(basis, s, gradient, unit, seed)
+    q = _start(basis, s, gradient, unit, number)
     # XXᵀq in units of `scale`, so that tiny and huge gradients neither vanish nor overflow. Rows first: on the CPU a
     # product of few rows with G or Gᵀ is up to a fifth faster than one of G or Gᵀ with few columns.
-    for _ in range(1 if seed else COLD_POWERS):
+    for _ in range(max(1, COLD_POWERS >> number)):
         power = basis @ ((squares[..., None] / scale).to(basis.dtype) * (basis.mT @ q))
         q = torch.linalg.qr(power + ((q.mT @ gradient * unit) @ gradient.mT * unit).mT).Q
     rows = q.mT @ gradient

@@ -64,12 +64,12 @@ class BlockSketches:
         self.states, self.number, self.block = states, number, block
         self.options, self.accept = options, accept
 
-    def update(self, gradient: Tensor, seed: int) -> list[Tensor | None]:
+    def update(self, gradient: Tensor, number: int) -> list[Tensor | None]:
         """Take a gradient into the sketches.
 
         Args:
             gradient: (n, *block.shape), not written to.
-            seed: of the random columns of a power step; 0 at a parameter's first gradient.
+            number: of updates before.
 
         Returns:
             for `precondition`: `UᵀG` of each axis, where it comes for free.
@@ -78,7 +78,7 @@ class BlockSketches:
             self._copy(f"trace_{self.number}", self._decay * self._trace + _square_norm(gradient))
         projections = []
         for axis in self.block.axes:
-            sketch, projection = self._updated(self._read(axis), unfold(gradient, axis), seed)
+            sketch, projection = self._updated(self._read(axis), unfold(gradient, axis), number)
             self._write(axis, sketch)
             # A basis that is stored rounded is not the one of the projection.
             projections.append(projection if sketch.basis.dtype is gradient.dtype else None)
@@ -107,12 +107,12 @@ class BlockSketches:
             roots.append((axis, root))
         return precondition(gradient, roots, found)
 
-    def _updated(self, sketch: Sketch, matrix: Tensor, seed: int) -> tuple[Sketch, Tensor | None]:
+    def _updated(self, sketch: Sketch, matrix: Tensor, number: int) -> tuple[Sketch, Tensor | None]:
         beta2 = self._decay
         tail_decay = beta2**0.5 if self.options["tail_decay"] == "sqrt" else beta2
         if self.options["sketch_update"] == "exact" or is_cheap_exactly(*matrix.shape[-2:], sketch.basis.shape[-1]):  # pyright: ignore[reportCallIssue]
             return exact_update(sketch, matrix, beta2, tail_decay), None
-        return subspace_update(sketch, matrix, beta2, tail_decay, seed)
+        return subspace_update(sketch, matrix, beta2, tail_decay, number)
 
     @property
     def _decay(self) -> float:

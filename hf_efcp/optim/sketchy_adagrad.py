@@ -129,7 +129,7 @@ class SketchyAdaGrad(ParameterwiseOptimizer):
         bases = [self.state[p]["basis"].view(p.numel(), -1) for p in params]
         dots, total = self._sums(bases, gradients, device)
         # `g − UUᵀg` below the rounding of `U` is none: times 1/√δ it would be a step.
-        rounding = 4 * len(dots) * max(torch.finfo(u.dtype).eps for u in bases) ** 2
+        rounding = 4 * len(dots) * max((torch.finfo(u.dtype).eps for u in bases), default=0.0) ** 2
         outside = torch.where(total - dots.square().sum() > rounding * total, outside, 0)
         weights = (inside - outside) * dots
         for p, u, g in zip(params, bases, gradients, strict=True):

@@ -167,10 +167,11 @@ class SketchyShampoo(ParameterwiseOptimizer):
         lengths = [d for d, whole in zip(gradients.shape[1:], params[0].shape, strict=True) if whole != 1]
         squeezed = gradients.view(len(params), *(lengths or [1]))
         parts = []
-        for number, block in enumerate(blocks):
+        for place, block in enumerate(blocks):
             part = squeezed[(slice(None), *block.slices)]
-            sketches = BlockSketches(states, number, block, options, self._mask(accept))
-            projections = sketches.update(part, seed=count) if count % options["update_freq"] == 0 else None
+            sketches = BlockSketches(states, place, block, options, self._mask(accept))
+            number, between = divmod(count, options["update_freq"])
+            projections = None if between else sketches.update(part, number)
             parts.append(sketches.precondition(part, projections))
         if len(parts) == 1:
             return parts[0].reshape(gradients.shape)
