@@ -155,7 +155,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         if len(params) == 1:
             stacked = without_zeros(params[0].grad[None], slices).to(dtype).contiguous()
         else:
-            stacked = torch.stack([p.grad.to(dtype) for p in params])
+            stacked = torch.stack([p.grad.to(dtype) for p in params]).contiguous()
         return stacked if self._reads(accept) else torch.where(accept, stacked, 0)
 
     def _directions(self, params: list[Tensor], gradients: Tensor, accept: Tensor) -> Tensor:
