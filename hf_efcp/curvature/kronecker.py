@@ -10,6 +10,13 @@ from torch import Tensor
 from hf_efcp.curvature.structures import DenseMetric, Structure
 
 
+class Moment(NamedTuple):
+    """U or V: what a structure has summed, and by what that is to be multiplied."""
+
+    sums: Tensor
+    scale: Tensor | float = 1.0
+
+
 class Factor(NamedTuple):
     """One side of `(KKᵀ) ⊗ (CCᵀ)`, the inverse of the curvature: K over inputs or C over outputs."""
 
@@ -18,17 +25,20 @@ class Factor(NamedTuple):
     momentum: Tensor | None  # of its direction m; `None` without momentum
     metric: Tensor | None = None  # KKᵀ, where it is kept
 
+    def mean_curvature(self, moment: Moment) -> Tensor:
+        """() `τ(KᵀUK)`."""
+        return self.structure.mean_curvature(self.values, moment.sums, self.metric) * moment.scale
+
 
 def at_starting_scale(
-    inputs: Factor, outputs: Factor, u: Tensor, v: Tensor, options: Mapping[str, Any]
+    inputs: Factor, outputs: Factor, u: Moment, v: Moment, options: Mapping[str, Any]
 ) -> tuple[Factor, Factor]:
     """Both factors, of which each is I, times the number that makes their mean curvature the fixed point's.
 
     IKFAC: `κ²(τ(U) + λ) = 1` for each side; INGD, which fixes their product alone: `κ⁴(τ(U)τ(V) + λ) = 1`.
     Starting from I instead, the factors grow by `1 + lr_cov` an update for hundreds of steps, and the step with them.
     """
-    pairs = ((inputs, u), (outputs, v))
-    traces = [side.structure.mean_curvature(side.values, moment, side.metric) for side, moment in pairs]
+    traces = [side.mean_curvature(moment) for side, moment in ((inputs, u), (outputs, v))]
     scales = [(trace + options["damping"]).rsqrt() for trace in traces]
     if not options["kfac_like"]:
         scales = [(traces[0] * traces[1] + options["damping"]).pow(-0.25)] * 2
@@ -40,7 +50,7 @@ def _scaled(side: Factor, scale: Tensor) -> Factor:
 
 
 def update_factors(
-    inputs: Factor, outputs: Factor, u: Tensor, v: Tensor, options: Mapping[str, Any], lr_cov: float
+    inputs: Factor, outputs: Factor, u: Moment, v: Moment, options: Mapping[str, Any], lr_cov: float
 ) -> tuple[Factor, Factor]:
     """One Riemannian step of both factors, each from both old ones; their `metric` stays the old one.
 
@@ -53,25 +63,24 @@ def update_factors(
     largest entry says little of that: where a mean is spread over d inputs, ρ(m) is d times as large.
 
     Args:
-        u, v: U and V, as the structures sum them.
+        u, v: U and V.
         options: `damping`, `alpha1`, `kfac_like`, `normalize_lr_cov`, `limit_lr_cov`.
         lr_cov: β of this step.
     """
     sides, moments = (inputs, outputs), (u, v)
     weights = dampings = [1.0, 1.0]
     if not options["kfac_like"]:  # each by the other's
-        weights = [s.structure.mean_curvature(s.values, m, s.metric) for s, m in zip(sides, moments, strict=True)][::-1]
+        weights = [side.mean_curvature(moment) for side, moment in zip(sides, moments, strict=True)][::-1]
         dampings = [side.structure.mean_square(side.values) for side in sides][::-1]
     updated = []
     for side, moment, weight, damping in zip(sides, moments, weights, dampings, strict=True):
-        damping = options["damping"] * damping
-        if isinstance(side.structure, DenseMetric):
-            curvature = weight * moment + damping * side.structure.identity(moment.dtype, moment.device)
-            values = side.structure.moved(side.values, curvature, lr_cov, options["limit_lr_cov"])
+        structure, damping = side.structure, options["damping"] * damping
+        damped = side.values, moment.sums, weight * moment.scale, damping
+        if isinstance(structure, DenseMetric):
+            values = structure.moved(*damped, lr_cov=lr_cov, limits=options["limit_lr_cov"])
             updated.append(side._replace(values=values))
         else:
-            curvature = side.structure.damped(side.values, moment, weight, damping)
-            updated.append(_moved(side, curvature, options, lr_cov))
+            updated.append(_moved(side, structure.damped(*damped), options, lr_cov))
     return updated[0], updated[1]
 
 
@@ -100,11 +109,5 @@ def bound_growth(inputs: Factor, outputs: Factor, limit: float) -> tuple[Factor,
 
 def precondition(gradient: Tensor, inputs: Factor, outputs: Factor) -> Tensor:
     """`CCᵀ G KKᵀ` of a (d_o, d_i) gradient; with KKᵀ and CCᵀ themselves where they are kept."""
-    return _times_metric(_times_metric(gradient, inputs).T, outputs).T
-
-
-def _times_metric(rows: Tensor, side: Factor) -> Tensor:
-    structure = side.structure
-    if side.metric is not None:
-        return rows @ side.metric.view(structure.dim, structure.dim)
-    return structure.times_metric(side.values, rows)
+    rows = outputs.structure.metric_times(outputs.values, gradient, outputs.metric)
+    return inputs.structure.times_metric(inputs.values, rows, inputs.metric)

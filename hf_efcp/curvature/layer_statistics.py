@@ -30,31 +30,65 @@ class Sums:
         return Sums(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
 
-def kfac_rows(a: Tensor, g: Tensor, *, approx: str, has_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of both factors for one batch: (n, d_i), (n', d_o), their number, and the tokens with a gradient.
+def used_tokens(module: nn.Module, x: Tensor, g: Tensor) -> Tensor | None:
+    """(b, t) which tokens play a part in the loss: those with a gradient; `None` where all rows count.
+
+    A token without gradient is padding or masked: its input counts nowhere, so that padding a batch further changes
+    nothing. Samples without tokens, and positions of images, count always: there a gradient vanishes with its unit.
+
+    Args:
+        x: the layer's input.
+        g: (b, t, d_o) rows of its output's gradient.
+    """
+    has_tokens = isinstance(module, nn.Conv1d) or (x.ndim > 2 and not isinstance(module, (nn.Conv2d, nn.Conv3d)))
+    if not has_tokens or (g.device.type == "cpu" and g.shape[2] and g[..., 0].all()):
+        return None
+    return g.ne(0).any(-1)
+
+
+def kfac_rows(a: Tensor, used: Tensor | None, *, approx: str, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """(n, d_i) input rows of one batch, and their number.
 
     `expand` takes each token as a row; `reduce` the mean of a sample's inputs and the sum of its gradients (K-FAC for
-    weight-sharing layers, arXiv 2311.00636). A token without gradient is padding or plays no part in the loss: its
-    input counts nowhere, so that padding a batch further changes nothing.
+    weight-sharing layers, arXiv 2311.00636).
 
     Args:
         a: (b, t, groups, d); groups are further rows, weighed so that all groups of a token together count once.
-        g: (b, t, d_o).
+        used: see `used_tokens`.
     """
-    used = g.ne(0).any(-1)
-    groups = a.shape[2]
-    if approx == "reduce":
-        share = (used / used.sum(1, keepdim=True).clamp_min(1)).to(a.dtype)
-        a, g = torch.einsum("bt,btgd->bgd", share, a), g.sum(1)
-        present = used.any(1)[:, None].expand(-1, groups)
+    groups, counted = a.shape[2], counted_rows(used, approx)
+    if approx == "expand":
+        a = a.flatten(0, 1)
+    elif used is None:
+        a = a.mean(1)
     else:
-        present = used[:, :, None].expand(-1, -1, groups)
-    ones = present.to(a.dtype).unsqueeze(-1)
-    # Multiplying leaves the shape alone; picking rows would make the host wait for their number.
-    a = torch.where(ones.bool(), a, 0) if approx == "expand" else a
-    a = torch.cat([a, ones], -1) if has_bias else a
-    n_rows = present.sum() / groups
-    return a.flatten(0, -2) / groups**0.5, g.flatten(0, -2), n_rows, used.sum()
+        a = torch.einsum("bt,btgd->bgd", (used / used.sum(1, keepdim=True).clamp_min(1)).to(a.dtype), a)
+    if counted is None or _may_pick(a):
+        a = a if counted is None else a[counted]
+        n_rows, present = a.new_full((), len(a)), a.new_ones(()).expand(len(a))
+    else:
+        n_rows, present = counted.sum(), counted.to(a.dtype)
+        a = torch.where(counted[:, None, None], a, 0)
+    if has_bias:
+        a = torch.cat([a, present[:, None, None].expand(-1, groups, 1)], -1)
+    return (a.flatten(0, 1) / groups**0.5 if groups > 1 else a[:, 0]), n_rows
+
+
+def kfac_gradients(g: Tensor, used: Tensor | None, approx: str) -> Tensor:
+    """(n, d_o) gradient rows of one batch, from (b, t, d_o)."""
+    counted = counted_rows(used, approx)
+    g = g.sum(1) if approx == "reduce" else g.flatten(0, 1)
+    return g[counted] if counted is not None and _may_pick(g) else g
+
+
+def counted_rows(used: Tensor | None, approx: str) -> Tensor | None:
+    """(n,) which rows count, of tokens or of samples."""
+    return None if used is None else used.any(1) if approx == "reduce" else used.flatten()
+
+
+def _may_pick(rows: Tensor) -> bool:
+    """Elsewhere the host would wait for the number of rows, and rows of zeros do as well."""
+    return rows.device.type == "cpu"
 
 
 class _Keep(torch.autograd.Function):
@@ -177,34 +211,39 @@ class Collector:
             if factors is None:
                 factors = tuple(s.identity(dtype, x.device) for s in (layer.inputs, layer.outputs))
             dtype = torch.promote_types(dtype, factors[0].dtype)
-            g = gradient_rows(module, gradient).to(dtype) / self._scale()
-            inputs, outputs = (factor.to(dtype) for factor in factors)
-            moment, trace, g, rows, tokens = self._input_moment(layer, module, x, g, inputs)
-            terms = tokens if self._count == "batch+sequence" else len(gradient_rows(module, gradient))
-            output_moment = layer.outputs.moment(outputs, g)
+            g = gradient_rows(module, gradient).to(dtype)
+            g = g if self._scale() == 1 else g / self._scale()
+            used = used_tokens(module, x, g)
+            moment, trace, rows = self._input_moment(layer, module, x, used, factors[0].to(dtype))
+            samples, tokens = g.shape[0], g.shape[:2].numel() if used is None else used.sum()
+            g = kfac_gradients(g, used, self._approx)
+            output_moment = layer.outputs.moment(factors[1].to(dtype), g)
+            terms = tokens if self._count == "batch+sequence" else samples
             new = Sums(moment, output_moment, trace, _trace(layer.outputs, output_moment, g), rows, terms)
             self._sums[layer] = self._sums[layer] + new if layer in self._sums else new
 
     def _input_moment(
-        self, layer: Layer, module: nn.Module, x: Tensor, g: Tensor, factor: Tensor
+        self, layer: Layer, module: nn.Module, x: Tensor, used: Tensor | None, factor: Tensor
     ) -> tuple[Tensor, ...]:
         """Σ aaᵀ, shared by the layers that read the same tensor one after the other: query, key and value."""
-        used = g.ne(0).any(-1)
-        key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, layer.bias is None, g.shape[:2], g.dtype)
+        key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, layer.bias is None, factor.dtype)
         key = (*key, type(module), type(layer.inputs), layer.inputs.numel)
-        if self._last and self._last[0] == key and torch.equal(self._last[2], used):
-            g = g.sum(1) if self._approx == "reduce" else g.flatten(0, 1)
-            return *self._last[3:5], g, *self._last[5:]
-        a = input_rows(module, x).to(g.dtype)
-        a, g, rows, tokens = kfac_rows(a, g, approx=self._approx, has_bias=layer.bias is not None)
+        if self._last and self._last[0] == key and _are_equal(self._last[2], used):
+            return self._last[3:]
+        a = input_rows(module, x).to(factor.dtype)
+        a, rows = kfac_rows(a, used, approx=self._approx, has_bias=layer.bias is not None)
         moment = layer.inputs.moment(factor, a)
+        trace = _trace(layer.inputs, moment, a)
         may_share = layer.inputs.sums_raw and isinstance(module, nn.Linear) and x.device.type == "cpu"
         # `x` itself is kept until the next layer, or another tensor could come to lie at its address.
-        trace = _trace(layer.inputs, moment, a)
-        self._last = (key, x, used, moment, trace, rows, tokens) if may_share else ()
-        return moment, trace, g, rows, tokens
+        self._last = (key, x, used, moment, trace, rows) if may_share else ()
+        return moment, trace, rows
+
+
+def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _trace(structure: Structure, moment: Tensor, rows: Tensor) -> Tensor:
     """() Σ |a|²/d over rows a, from their moment where that is Σ aaᵀ itself."""
-    return structure.mean_trace(moment) if structure.sums_raw else rows.square().sum() / structure.dim
+    return structure.moment_trace(moment) if structure.sums_raw else rows.square().sum() / structure.dim

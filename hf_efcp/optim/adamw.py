@@ -1,6 +1,8 @@
-"""AdamW's direction, over gradients or over what a preconditioner makes of them."""
+"""AdamW's direction and step, over gradients or over what a preconditioner makes of them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,3 +30,46 @@ def adam_direction(
     moments = (state[name].view(-1) for name in ("exp_avg", "exp_avg_sq"))
     ops.adam_(update.view(-1), *moments, count, accept, beta1=betas[0], beta2=betas[1], eps=eps)
     return update
+
+
+def can_fuse(parameter: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether `fused_step_` takes a parameter."""
+    kinds = {parameter.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype}
+    is_plain = type(parameter.data) is Tensor and parameter.device.type == "cpu" and parameter.is_contiguous()
+    return is_plain and kinds == {torch.float32}
+
+
+def fused_step_(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """`p ← p(1 − lr·weight_decay) − lr·m̂/(√v̂ + ε)` for all parameters in one call of torch's own kernel.
+
+    With layers as small as a ViT's, calls one by one take longer than the arithmetic.
+
+    Args:
+        states: `exp_avg`, `exp_avg_sq` and `adam_step`, this step included.
+    """
+    counts = [int(state["adam_step"]) for state in states]
+    steps = {count: torch.tensor(float(count)) for count in set(counts)}
+    torch._fused_adamw_(
+        list(params),
+        [gradient.to(torch.float32).contiguous() for gradient in gradients],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [steps[count] for count in counts],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )

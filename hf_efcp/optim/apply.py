@@ -39,20 +39,25 @@ def apply_(
 
 def _move_(weights: list[Tensor], updates: list[Tensor], group: dict[str, Any], accept: Tensor, step: Tensor) -> None:
     lr, decay = group["lr"], group["weight_decay"]
-    factor = 1 - lr * decay * accept.double() if lr and decay else None
     plain: list[tuple[Tensor, Tensor]] = []
     for weight, update in zip(weights, updates, strict=True):
         if lr and group["weight_rounding"] == "stochastic" and weight.dtype in (torch.bfloat16, torch.float16):
-            by = 1.0 if factor is None else factor.to(weight.device)
+            by = (1 - lr * decay * accept.double()).to(weight.device) if decay else 1.0
             step_rounded_(weight, update, factor=by, lr=lr, step=step)
         else:
             plain.append((weight, update))
-    if factor is not None:
-        for (device, dtype), there in _by_kind([weight for weight, _ in plain]).items():
+    move_([weight for weight, _ in plain], [update for _, update in plain], lr, decay, accept)
+
+
+def move_(weights: list[Tensor], updates: list[Tensor], lr: float, decay: float, accept: Tensor) -> None:
+    """`p ← p(1 − lr·decay) − lr·update`, all tensors of a device and dtype at once; no decay where not accepted."""
+    if lr and decay:
+        factor = 1 - lr * decay * accept.double()
+        for (device, dtype), there in _by_kind(weights).items():
             # A factor of another dtype would be a launch for each tensor; bfloat16 cannot hold 1 − 1e-5.
             torch._foreach_mul_(there, factor.to(device, dtype if dtype is torch.float32 else factor.dtype))
-    if plain:
-        torch._foreach_add_([weight for weight, _ in plain], [update for _, update in plain], alpha=-lr)
+    if weights:
+        torch._foreach_add_(weights, updates, alpha=-lr)
 
 
 def _by_kind(weights: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:

@@ -51,8 +51,9 @@ class OptimizerSpec:
         """Each option that a user can set under this name, with its default here."""
         signature = inspect.signature(self.cls.__init__).parameters
         hidden = {*self.fixed, *self.without, *_TRAINER}
-        return {
-            option.name: (option, self.defaults.get(option.name, signature[option.name].default))
+        usual = {name: self.defaults.get(name, parameter.default) for name, parameter in signature.items()}
+        return {  # a pair in the signature, as (None, None), is one word here
+            option.name: (option, option.check(value) if isinstance(value := usual[option.name], tuple) else value)
             for option in self.cls.options
             if option.name not in hidden
         }

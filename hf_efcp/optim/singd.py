@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from hf_efcp.curvature.layer_statistics import Sums
 from hf_efcp.curvature.layers import Layer
-from hf_efcp.optim.adamw import adam_direction, adam_state
+from hf_efcp.optim.adamw import adam_direction, adam_state, can_fuse, fused_step_
+from hf_efcp.optim.apply import move_
 from hf_efcp.optim.options import check_options
 from hf_efcp.optim.singd_layers import SingdLayers
 from hf_efcp.optim.singd_options import SINGD_OPTIONS
@@ -47,7 +49,7 @@ class SINGD(SingdLayers):
         T: steps between updates of the factors; a step left out does not count.
         loss_average: `"batch"`: the loss is a mean over samples; `"batch+sequence"`: over tokens, counted as those
             with a gradient, or as `set_loss_terms` says; `None`: a sum.
-        lr_cov: β₁.
+        lr_cov: β₁, or a function of the steps taken; a checkpoint holds its last value alone.
         structures: of K and C: `dense`, `diagonal`, `block30diagonal`, `hierarchical15_15`, `triltoeplitz`, ….
         kfac_approx: `"expand"` or `"reduce"`, for weights used at many tokens or positions.
         kfac_like: IKFAC.
@@ -62,7 +64,7 @@ class SINGD(SingdLayers):
         scaling, rms: see above.
         max_update_norm, kl_clip: clip the preconditioned gradient.
         max_dense_dim: dense factors wider than this, as a vocabulary's, are diagonal.
-        cache_metrics: keep KKᵀ and CCᵀ of dense factors.
+        cache_metrics: keep KKᵀ and CCᵀ of dense, hierarchical and block-diagonal factors.
         fallback_lr: AdamW's rate while `lr` is at its first value; follows `lr`'s schedule.
         moment_dtype: of Adam's moments; bfloat16 is rounded stochastically.
         beta1, beta2, eps: AdamW's.
@@ -91,12 +93,12 @@ class SINGD(SingdLayers):
         weight_decay: float = 0.0,
         T: int = 10,
         loss_average: str | None = "batch",
-        lr_cov: float = 1e-2,
-        structures: str | tuple[str, str] = "dense+dense",
+        lr_cov: float | Callable[[int], float] = 1e-2,
+        structures: str | tuple[str, str] = ("dense", "dense"),
         kfac_approx: str = "expand",
         warn_unsupported: bool = False,
         kfac_like: bool = False,
-        preconditioner_dtype: Any = "none+none",
+        preconditioner_dtype: Any = (None, None),
         init_grad_scale: float = 1.0,
         normalize_lr_cov: bool = False,
         params: Iterable[Any] | None = None,
@@ -124,7 +126,9 @@ class SINGD(SingdLayers):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         if not isinstance(model, nn.Module):
             raise TypeError(f"SINGD is built over a module, whose layers it watches, got {type(model).__name__}.")
-        super().__init__(model, params, check_options(self.options, given))
+        schedule = lr_cov if callable(lr_cov) else None
+        given["lr_cov"] = schedule(0) if schedule else lr_cov
+        super().__init__(model, params, check_options(self.options, given), schedule)
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return self._state_of(parameter, like=parameter)
@@ -173,27 +177,41 @@ class SINGD(SingdLayers):
                 self.materialize_state()
                 accept = self._acceptable()
                 if not (self._reads(accept) or self._is_due()) or bool(accept):
-                    self._accepted_step(accept)
+                    with _in_full_precision(accept.device.type):
+                        self._accepted_step(accept)
                     self._owners.share()
         finally:
             self._forget_statistics()
         return loss
 
     def _accepted_step(self, accept: Tensor) -> None:
+        self._schedule_lr_cov()
         self._refresh(self._statistics())
         gradients, directions = self._directions()
         lr = self.param_groups[0]["lr"]
         scale = clip_scale(directions, gradients, lr, self.defaults, self._owners.group.sum_)
-        group_of = {p: group for group in self.param_groups for p in group["params"]}
-        moved = {p for layer in directions for p in layer.parameters if p.grad is not None}
-        apply = self._apply_adam_to_layer if self.defaults["scaling"] == "adam" else self._apply_layer
-        for layer, direction in directions.items():
-            apply(layer, direction if scale is None else direction * scale.to(direction), group_of, accept)
-        for p, group in group_of.items():
-            if p.grad is None or p not in self._owners:
+        moved: dict[Tensor, Tensor | None] = {}
+        adams: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        for layer in list(directions):
+            direction = directions.pop(layer)
+            direction = direction if scale is None else direction * scale.to(direction)
+            finite = direction.sum().isfinite() & accept.to(direction.device)
+            if self.defaults["scaling"] != "adam":
+                moved.update(self._momentum_of_layer(layer, direction, finite))
                 continue
-            if p not in moved:
-                self._apply_adam(p, p.grad, group, group["lr"] * self._fallback_ratio(), accept)
+            is_lost = self._reads(finite) and not finite  # a direction that overflowed leaves its layer as it is
+            for p, part in zip(layer.parameters, layer.split(direction), strict=True):
+                moved[p] = None
+                if p.grad is not None and not is_lost:
+                    adams[p] = part, finite
+        stepped = [p for p in self._parameters() if p.grad is not None and p in self._owners]
+        others = {p: (p.grad, accept) for p in stepped if p not in moved}
+        for group in self.param_groups:
+            params = [p for p in group["params"] if moved.get(p) is not None]
+            move_(params, [moved[p] for p in params], group["lr"], group["weight_decay"], accept)
+            self._step_adam(adams, group, group["lr"], accept)
+            self._step_adam(others, group, group["lr"] * self._fallback_ratio(), accept)
+        for p in stepped:
             self.state[p]["step"] += 1
         self._count_step()
 
@@ -207,29 +225,21 @@ class SINGD(SingdLayers):
         self._share_factors(statistics)
 
     def _directions(self) -> tuple[dict[Layer, Tensor], dict[Layer, Tensor]]:
-        """Gradients, and what they are preconditioned to, of this rank's layers with both."""
+        """Gradients, where clipping asks for them, and what they are preconditioned to, of this rank's layers."""
         gradients, directions = {}, {}
+        clips = any(self.defaults[name] is not None for name in ("max_update_norm", "kl_clip"))
         for layer in self._own_layers():
             pair = FactorPair(layer, self.state[layer.weight], self.defaults)
             if layer.weight.grad is None or not pair.has_statistics:
                 continue
             bias = None if layer.bias is None else layer.bias.grad
-            gradients[layer] = layer.join(layer.weight.grad, bias).to(pair.dtype)
-            directions[layer] = pair.precondition(gradients[layer])
+            gradient = layer.join(layer.weight.grad, bias).to(pair.dtype)
+            directions[layer] = pair.precondition(gradient)
+            gradients |= {layer: gradient} if clips else {}
         return gradients, directions
 
-    def _apply_adam_to_layer(self, layer: Layer, direction: Tensor, group_of: dict, accept: Tensor) -> None:
-        """Adam over a layer's preconditioned gradient; one that overflowed leaves the layer as it is."""
-        finite = direction.sum().isfinite() & accept.to(direction.device)
-        if self._reads(finite) and not finite:
-            return
-        for p, part in zip(layer.parameters, layer.split(direction), strict=True):
-            if p.grad is not None:
-                self._apply_adam(p, part, group_of[p], group_of[p]["lr"], finite)
-
-    def _apply_layer(self, layer: Layer, direction: Tensor, group_of: dict, accept: Tensor) -> None:
-        """Momentum, length and the step of a layer; one whose direction overflowed stays, but for its decay."""
-        finite = direction.sum().isfinite() & accept.to(direction.device)
+    def _momentum_of_layer(self, layer: Layer, direction: Tensor, finite: Tensor) -> dict[Tensor, Tensor]:
+        """Momentum and length of a layer's step; one whose direction overflowed stays, but for its decay."""
         if self._reads(finite):
             direction = direction if finite else torch.zeros_like(direction)
         else:
@@ -250,18 +260,34 @@ class SINGD(SingdLayers):
             length = self.defaults["rms"] * sum(part.numel() for part in updates.values()) ** 0.5
             scale = torch.where(norm > 0, length / norm, 0)
             updates = {p: part * scale for p, part in updates.items()}
-        for p, part in updates.items():
-            self._move(p, part, group_of[p], group_of[p]["lr"], accept)
+        return updates
 
-    def _apply_adam(self, p: Tensor, gradient: Tensor, group: dict[str, Any], lr: float, accept: Tensor) -> None:
-        state = self.state[p]
-        if "exp_avg" not in state:
-            logger.warning("A layer of shape %s has a gradient and never ran: AdamW optimizes it.", tuple(p.shape))
-            state.update(self._new_moments(p))
-        state["adam_step"] += 1
-        betas = self.defaults["beta1"], self.defaults["beta2"]
-        # The count is the host's: filled in, not copied, for which the host would wait.
-        count = torch.full((), int(state["adam_step"]), dtype=torch.int64, device=p.device)
-        there = accept.to(p.device)
-        update = adam_direction(state, gradient, count, there, betas, self.defaults["eps"])
-        self._move(p, update, group, lr, accept)
+    def _step_adam(
+        self, gradients: dict[Tensor, tuple[Tensor, Tensor]], group: dict[str, Any], lr: float, accept: Tensor
+    ) -> None:
+        """AdamW's step of a group's parameters among `gradients`, each with () bool whether it counts."""
+        rules = {"betas": (self.defaults["beta1"], self.defaults["beta2"]), "eps": self.defaults["eps"]}
+        fused, single = [], []
+        for p in (p for p in group["params"] if p in gradients):
+            state = self.state[p]
+            if "exp_avg" not in state:
+                logger.warning("A layer of shape %s has a gradient and never ran: AdamW optimizes it.", tuple(p.shape))
+                state.update(self._new_moments(p))
+            state["adam_step"] += 1
+            (fused if self._reads(accept) and can_fuse(p, state) else single).append(p)
+        if fused:
+            parts, states = [gradients[p][0] for p in fused], [self.state[p] for p in fused]
+            fused_step_(fused, parts, states, lr=lr, weight_decay=group["weight_decay"], **rules)
+        updates = []
+        for p in single:
+            # The count is the host's: filled in, not copied, for which the host would wait.
+            count = torch.full((), int(self.state[p]["adam_step"]), dtype=torch.int64, device=p.device)
+            updates.append(adam_direction(self.state[p], gradients[p][0], count, gradients[p][1].to(p.device), **rules))
+        move_(single, updates, lr, group["weight_decay"], accept)
+
+
+def _in_full_precision(device_type: str) -> AbstractContextManager:
+    """A step inside of autocast would multiply in 16 bits."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

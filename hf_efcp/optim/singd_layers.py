@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,14 @@ class SingdLayers(ParameterwiseOptimizer):
     Layers belong to parameters, never to addresses of memory. The plan follows the options, which loading may change.
     """
 
-    def __init__(self, model: nn.Module, params: Iterable[Any] | None, defaults: dict[str, Any]):
-        self._model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None,
+        defaults: dict[str, Any],
+        lr_cov: Callable[[int], float] | None = None,
+    ):
+        self._model, self._lr_cov_of_step = model, lr_cov
         self._start()
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
@@ -123,7 +129,7 @@ class SingdLayers(ParameterwiseOptimizer):
             self._planned()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_model": self._model}
+        return {**super().__getstate__(), "_model": self._model, "_lr_cov_of_step": self._lr_cov_of_step}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -239,6 +245,15 @@ class SingdLayers(ParameterwiseOptimizer):
     def _count_step(self) -> None:
         self._shared()["steps"] += 1
 
+    def _schedule_lr_cov(self) -> None:
+        """Where `lr_cov` is a function, have its value of today among the options."""
+        if self._lr_cov_of_step is None:
+            return
+        (option,) = (option for option in self.options if option.name == "lr_cov")
+        self.defaults["lr_cov"] = option.check(self._lr_cov_of_step(int(self._shared()["steps"])))
+        for group in self.param_groups:
+            group["lr_cov"] = self.defaults["lr_cov"]
+
     def _factors(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
         state = self.state.get(layer.weight, {})
         if "refreshes" not in state:
@@ -249,9 +264,8 @@ class SingdLayers(ParameterwiseOptimizer):
 
     def _statistics(self) -> dict[Layer, Sums]:
         """Of the layers whose factors are due, over the batch of all ranks."""
-        is_due = self._is_due() or any(self._is_due(layer) for layer in self._layers())
-        if self._ranks.size > 1 and not is_due:  # all ranks know that without asking
-            return {}
+        if self._ranks.size > 1 and not (self._is_due() or any(self._is_due(layer) for layer in self._layers())):
+            return {}  # all ranks know that without asking
         return summed_over_ranks(self._ranks, {layer: self._collector.sums(layer) for layer in self._layers()})
 
     def _share_factors(self, layers: Iterable[Layer]) -> None:

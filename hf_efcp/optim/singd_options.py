@@ -52,11 +52,22 @@ class Structures(PairOption):
 class Dtypes(PairOption):
     """Dtypes of factors; `none` is the precise one: float32, float64 for float64 weights."""
 
-    words = ("none", "float32", "bfloat16", "float64")
+    words = ("none", "float32", "bfloat16", "float16", "float64")
 
     def _check_word(self, word: str) -> None:
         if word not in self.words:
             raise ValueError(f"`{self.name}` must be {self.allowed}, of {', '.join(self.words)}; got {word!r}.")
+
+
+class Rate(Option):
+    """A number, or in code a function of the number of steps taken, as the singd package has it."""
+
+    @property
+    def allowed(self) -> str:
+        return f"{super().allowed}, or a function of the step"
+
+    def check(self, value: Any) -> Any:
+        return value if callable(value) else super().check(value)
 
 
 SINGD_OPTIONS = (
@@ -89,7 +100,7 @@ SINGD_OPTIONS = (
         optional=True,
         source=_PACKAGE,
     ),
-    Option("lr_cov", float, "step β₁ of the factors", low=0, source=_SINGD),
+    Rate("lr_cov", float, "step β₁ of the factors", low=0, source=_SINGD),
     Structures("structures", str, "structures of the factors of inputs and outputs", source=_SINGD),
     Option(
         "kfac_approx",
@@ -155,7 +166,7 @@ SINGD_OPTIONS = (
         source="kfac-pytorch",
     ),
     Option("max_dense_dim", int, "dense factors wider than this become diagonal", low=1, high=1 << 30, source=_HERE),
-    Option("cache_metrics", bool, "keep KKᵀ and CCᵀ of dense factors: faster steps, more memory", source=_HERE),
+    Option("cache_metrics", bool, "keep KKᵀ, CCᵀ where that makes steps faster: more memory", source=_HERE),
     Option(
         "fallback_lr",
         float,

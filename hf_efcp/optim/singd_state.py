@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_efcp.curvature.kronecker import Factor, at_starting_scale, bound_growth, precondition, update_factors
+from hf_efcp.curvature.kronecker import Factor, Moment, at_starting_scale, bound_growth, precondition, update_factors
 from hf_efcp.curvature.layer_statistics import Sums
 from hf_efcp.curvature.layers import Layer
 from hf_efcp.curvature.structures import Dense, DenseMetric, Structure
@@ -42,8 +43,8 @@ def new_factors(layer: Layer, options: Mapping[str, Any], device: torch.device) 
         state[factor_name(side, structure)] = identity
         if has_directions(options):
             state[f"{side}_direction"] = torch.zeros_like(identity)
-        if options["cache_metrics"] and type(structure) is Dense:
-            state[f"{side}_metric"] = identity.clone()
+        if options["cache_metrics"] and structure.keeps_metric:
+            state[f"{side}_metric"] = structure.metric(identity)
     return state
 
 
@@ -59,7 +60,7 @@ class FactorPair:
     def __init__(self, layer: Layer, state: dict[str, Tensor], options: Mapping[str, Any]):
         self.layer, self.state, self.options = layer, state, options
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         """In which steps are computed: float32, float64 if a factor or the weight is."""
         dtypes = [tensor.dtype for _, _, tensor in self._stored()]
@@ -95,14 +96,16 @@ class FactorPair:
         beta = options["lr_cov"] * min(1.0, (count + 1) / max(1, options["lr_cov_warmup"]))
         return max(beta, min(0.5, 1 / (count + 1))) if count < options["warm_steps"] else beta
 
-    def _curvatures(self, sums: Sums, loss_terms: Tensor | float | None) -> tuple[Tensor, Tensor]:
+    def _curvatures(self, sums: Sums, loss_terms: Tensor | float | None) -> tuple[Moment, Moment]:
         """U and V; with relative damping in units of their mean eigenvalues."""
         inputs, outputs = sums.inputs.to(self.dtype), sums.outputs.to(self.dtype)
         if self.options["damping_mode"] == "relative":
             tiny = torch.finfo(self.dtype).tiny
-            return inputs / sums.input_trace.clamp_min(tiny), outputs / sums.output_trace.clamp_min(tiny)
+            traces = (trace.to(self.dtype).clamp_min(tiny) for trace in (sums.input_trace, sums.output_trace))
+            return tuple(Moment(m, trace.reciprocal()) for m, trace in zip((inputs, outputs), traces, strict=True))
         terms = sums.terms if loss_terms is None else loss_terms
-        return inputs / sums.rows.clamp_min(1), outputs * (1 if self.options["loss_average"] is None else terms)
+        scale = 1 if self.options["loss_average"] is None else terms
+        return Moment(inputs, 1 / sums.rows.to(self.dtype).clamp_min(1)), Moment(outputs, scale)
 
     def precondition(self, gradient: Tensor) -> Tensor:
         """`CCᵀ G KKᵀ` of a (d_o, d_i) gradient in `dtype`."""
@@ -127,7 +130,7 @@ class FactorPair:
         return factors
 
     def _write(self, *factors: Factor) -> None:
-        finite = torch.stack([f.values.isfinite().all() for f in factors]).all()
+        finite = torch.stack([f.values.sum() for f in factors]).isfinite().all()
         for factor, (side, structure, stored) in zip(factors, self._stored(), strict=True):
             _copy(stored, factor.values, finite)
             if factor.momentum is not None:
@@ -137,7 +140,10 @@ class FactorPair:
 
 
 def _copy(old: Tensor, value: Tensor, where: Tensor) -> None:
-    old.copy_(torch.where(where, value.to(old.dtype), old))
+    if where.device.type == "cpu":  # where the host may look
+        old.copy_(value if where else old)
+    else:
+        old.copy_(torch.where(where, value.to(old.dtype), old))
 
 
 def factors_for_statistics(layer: Layer) -> dict[str, Structure]:

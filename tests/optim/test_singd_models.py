@@ -251,3 +251,17 @@ def test_compiled_model_trains_the_same():
         ends.append([p.detach().clone() for p in model.parameters()])
         assert optimizer.state[model[0].weight]["refreshes"] == 2
     torch.testing.assert_close(ends[0], ends[1])
+
+
+def test_step_inside_of_autocast_is_computed_in_full_precision():
+    ends = []
+    for inside in (False, True):
+        model, batch = build(bert)
+        optimizer = SINGD(model, **OPTIONS)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                optimizer.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))

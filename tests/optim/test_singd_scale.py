@@ -1,6 +1,7 @@
 """How long SINGD's steps are and how fast its factors move, where that is not the published rule."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -165,3 +166,34 @@ def test_layer_rms_is_the_root_mean_square_of_a_layers_step():
     train(model, SINGD(model, **PLAIN, scaling="layer_rms", rms=0.3), [0])
     weight, bias, _ = (b - p for b, p in zip(before, parameters(model), strict=True))
     torch.testing.assert_close(torch.cat([weight.flatten(), bias]).square().mean().sqrt().item(), 0.05 * 0.3)
+
+
+def test_lr_cov_may_be_a_function_of_the_step(tmp_path):
+    """As in the singd package; what is saved is a number, and the function goes on after loading."""
+    options = {**PLAIN, "T": 1}
+    model, reference = Deep(), Deep()
+    optimizer, other = SINGD(model, **{**options, "lr_cov": lambda step: 0.1 / (1 + step)}), SINGD(reference, **options)
+    for step in range(6):
+        other.defaults["lr_cov"] = 0.1 / (1 + step)
+        train(reference, other, [step])
+        if step == 3:
+            torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+            optimizer = SINGD(model, **{**options, "lr_cov": lambda step: 0.1 / (1 + step)})
+            optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        train(model, optimizer, [step])
+    assert optimizer.param_groups[0]["lr_cov"] == 0.1 / 6
+    assert all(torch.equal(p, q) for p, q in zip(parameters(model), parameters(reference), strict=True))
+    with pytest.raises(ValueError, match="`lr_cov` must be in"):
+        SINGD(Deep(), lr_cov=lambda step: -1.0)
+
+
+def test_signature_of_the_package_is_kept():
+    ours = inspect.signature(SINGD).parameters
+    values = {"lr": 1e-3, "momentum": 0.9, "damping": 1e-3, "alpha1": 0.5, "weight_decay": 0.0, "T": 10, "lr_cov": 1e-2}
+    values |= {"loss_average": "batch", "structures": ("dense", "dense"), "kfac_approx": "expand", "kfac_like": False}
+    values |= {"preconditioner_dtype": (None, None), "init_grad_scale": 1.0, "normalize_lr_cov": False, "params": None}
+    assert {"model", "warn_unsupported"} <= set(ours)
+    assert {name: ours[name].default for name in values} == values
+    for dtype in (torch.bfloat16, torch.float16):
+        group = SINGD(Deep(), preconditioner_dtype=(dtype, None)).param_groups[0]
+        assert group["preconditioner_dtype"] == f"{dtype}+none".removeprefix("torch.")

@@ -261,3 +261,17 @@ def test_hidden_states_read_by_several_layers_share_one_moment(monkeypatch):
         train(model, optimizer, range(4))
         ends.append(parameters(model))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("tokens", [(), (1,)], ids=["samples", "tokens"])
+def test_samples_without_a_gradient_are_rows_and_tokens_are_not(tokens):
+    """Units that are off take a sample's gradient away; padding takes a token's. `KKᵀ = (I − ½β(U − I))²`."""
+    model = nn.Linear(5, 3, bias=False).double()
+    optimizer = SINGD(model, lr=0.0, T=1, lr_cov=0.1, damping=0.0, kfac_like=True)
+    x = batch(0, tokens=tokens)[0]
+    model(x)[:4].square().sum(-1).mean().backward()
+    optimizer.step()
+    rows = x.flatten(0, -2) if not tokens else x[:4].flatten(0, -2)
+    one = torch.eye(5, dtype=torch.float64)
+    factor = one - 0.05 * (rows.T @ rows / len(rows) - one)
+    torch.testing.assert_close(optimizer.state[model.weight]["input_metric"].view(5, 5), factor @ factor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ class Structure:
     """A family of d×d matrices M, closed under sums and products, each stored as one vector of `numel` entries.
 
     A new structure is two methods, `apply` and `extract`, besides `numel`, `identity` and `weight`; the rest follows.
-    `gram` and `product` may be overridden where a formula beats passing M's rows through them.
+    Others may be overridden where a formula beats passing M's rows through these.
 
     The projection Π of a symmetric S keeps S's entries inside the structure and doubles those whose mirror image lies
     outside: I + εΠ(S) then has to first order the metric that the symmetric I + εS has (SINGD, arXiv 2312.05705).
@@ -23,6 +23,7 @@ class Structure:
 
     numel: int
     sums_raw = False  # whether `moment` leaves M aside, so that layers with the same rows may share one
+    keeps_metric = False  # whether keeping the entries of MMᵀ that `times_metric` needs makes it faster
 
     def __init__(self, dim: int):
         self.dim = dim
@@ -71,13 +72,25 @@ class Structure:
         one = self.identity(values.dtype, values.device)
         return (values * one).sum() / one.sum()
 
+    def moment_trace(self, moment: Tensor) -> Tensor:
+        """() tr(U)/d of a raw `moment`."""
+        return self.mean_trace(moment)
+
     def mean_curvature(self, values: Tensor, moment: Tensor, metric: Tensor | None = None) -> Tensor:
         """() tr(MᵀUM)/d, from the sum of `moment`s; `metric` is MMᵀ where it is kept."""
         return self.mean_trace(self.finish(values, moment))
 
-    def times_metric(self, values: Tensor, rows: Tensor) -> Tensor:
-        """`rows @ MMᵀ`."""
+    def metric(self, values: Tensor) -> Tensor:
+        """The entries of MMᵀ that `times_metric` needs, where `keeps_metric`."""
+        raise NotImplementedError
+
+    def times_metric(self, values: Tensor, rows: Tensor, metric: Tensor | None = None) -> Tensor:
+        """`rows @ MMᵀ`; with `metric` where it is kept."""
         return self.apply(values, self.apply(values, rows), transpose=True)
+
+    def metric_times(self, values: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
+        """`MMᵀ @ columns`, columns (d, n)."""
+        return self.times_metric(values, columns.T, metric).T
 
     def scaled(self, values: Tensor, factor: Tensor) -> Tensor:
         """`factor · M`."""
@@ -91,15 +104,22 @@ class Structure:
         """Π(Mᵀ(weight·U + damping·I)M) from the sum of `moment`s."""
         if not self.sums_raw:
             return weight * self.finish(values, moment) + damping * self.gram(values)
-        return self.finish(values, weight * moment + damping * self.identity(moment.dtype, moment.device))
+        return self.finish(values, self.shifted(moment, weight, damping))
+
+    def shifted(self, moment: Tensor, weight: Tensor | float, damping: Tensor | float) -> Tensor:
+        """`weight·U + damping·I` as a raw `moment`."""
+        return weight * moment + damping * self.identity(moment.dtype, moment.device)
 
     def radius(self, values: Tensor) -> Tensor:
         """() the largest eigenvalue's magnitude of an almost symmetric M, from below, by a few power iterations."""
+        return self._radius(lambda row: self.apply(values, row), values)
+
+    def _radius(self, apply: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
         # Multiples of the golden ratio: the same always, and orthogonal to nothing that layers learn.
-        row = torch.arange(1, self.dim + 1, dtype=torch.float64, device=values.device).mul(0.6180339887).frac() - 0.5
-        row = row.to(values.dtype).unsqueeze(0)
+        row = torch.arange(1, self.dim + 1, dtype=torch.float64, device=like.device).mul(0.6180339887).frac() - 0.5
+        row = row.to(like.dtype).unsqueeze(0)
         for _ in range(_POWER_ITERATIONS):
-            row = self.apply(values, row / torch.linalg.vector_norm(row).clamp_min(torch.finfo(row.dtype).tiny))
+            row = apply(row / torch.linalg.vector_norm(row).clamp_min(torch.finfo(row.dtype).tiny))
         return torch.linalg.vector_norm(row)
 
     def to_dense(self, values: Tensor) -> Tensor:

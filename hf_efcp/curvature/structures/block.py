@@ -12,6 +12,7 @@ class BlockDiagonal(Structure):
     """⌊d/k⌋ blocks k×k along the diagonal and a last, smaller one. Dense where d ≤ k."""
 
     sums_raw = True
+    keeps_metric = True
 
     def __init__(self, dim: int, block: int):
         super().__init__(dim)
@@ -30,8 +31,11 @@ class BlockDiagonal(Structure):
         blocks, last = self._parts(values)
         if transpose:
             blocks, last = blocks.mT, last.T
-        split, tail = self._split(rows)
-        return torch.cat([(split @ blocks).transpose(0, 1).flatten(1), tail @ last], 1)
+        product = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        (source, tail), (target, end) = self._split(rows), self._split(product)
+        torch.bmm(source, blocks, out=target)
+        torch.mm(tail, last, out=end)
+        return product
 
     def extract(self, left: Tensor, right: Tensor) -> Tensor:
         (left, left_tail), (right, right_tail) = self._split(left), self._split(right)
@@ -52,10 +56,28 @@ class BlockDiagonal(Structure):
         (blocks, last), (sums, last_sum) = self._parts(values), self._parts(moment)
         return self._join(blocks.mT @ sums @ blocks, last.T @ last_sum @ last)
 
+    def metric(self, values: Tensor) -> Tensor:
+        blocks, last = self._parts(values)
+        return self._join(blocks @ blocks.mT, last @ last.T)
+
+    def times_metric(self, values: Tensor, rows: Tensor, metric: Tensor | None = None) -> Tensor:
+        return self.apply(self.metric(values) if metric is None else metric, rows)
+
+    def metric_times(self, values: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
+        blocks, last = self._parts(self.metric(values) if metric is None else metric)
+        product = torch.empty_like(columns, memory_format=torch.contiguous_format)
+        (source, tail), (target, end) = (
+            (x[: len(x) - self.rest].unflatten(0, (self.n_blocks, self.block)), x[len(x) - self.rest :])
+            for x in (columns, product)
+        )
+        torch.bmm(blocks, source, out=target)
+        torch.mm(last, tail, out=end)
+        return product
+
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows cut as the blocks are: (n_blocks, n, k) and (n, rest)."""
         inside = self.n_blocks * self.block
-        return rows[:, :inside].reshape(len(rows), self.n_blocks, self.block).transpose(0, 1), rows[:, inside:]
+        return rows[:, :inside].unflatten(1, (self.n_blocks, self.block)).transpose(0, 1), rows[:, inside:]
 
     def _parts(self, values: Tensor) -> tuple[Tensor, Tensor]:
         inside = self.n_blocks * self.block**2

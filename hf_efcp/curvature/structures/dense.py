@@ -7,26 +7,37 @@ from torch import Tensor
 
 from hf_efcp.curvature.structures.base import Structure
 
-_STRIPES = 8  # of a symmetric product: 9/16 of its multiplications are made
+_ROWS_IN_CACHE = 256  # of a few hundred entries
+_SMALLEST = 96  # a block of a symmetric product that is computed whole
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     """`leftᵀ @ right`, (d, d), where that is known to be symmetric: on the CPU one half is copied from the other."""
-    d = left.shape[1]
-    if left.device.type != "cpu" or d < 32 * _STRIPES:
+    if left.device.type != "cpu":
         return left.T @ right
-    product = left.new_empty(d, d)
-    for start in range(0, d, -(-d // _STRIPES)):
-        end = min(d, start + -(-d // _STRIPES))
-        torch.mm(left[:, start:end].T, right[:, start:], out=product[start:end, start:])
-        product[end:, start:end] = product[start:end, end:].T
+    product = left.new_empty(left.shape[1], left.shape[1])
+    _fill_symmetric(product, left, right)
     return product
+
+
+def _fill_symmetric(product: Tensor, left: Tensor, right: Tensor) -> None:
+    """Halves again and again: the blocks beside the diagonal are few and large."""
+    d = len(product)
+    if d < 2 * _SMALLEST:
+        torch.mm(left.T, right, out=product)
+        return
+    half = d // 2 // 32 * 32
+    torch.mm(left[:, :half].T, right[:, half:], out=product[:half, half:])
+    product[half:, :half] = product[:half, half:].T
+    _fill_symmetric(product[:half, :half], left[:, :half], right[:, :half])
+    _fill_symmetric(product[half:, half:], left[:, half:], right[:, half:])
 
 
 class Dense(Structure):
     """All d² entries. Sums of rows' products are kept raw, so that a batch costs one product and not two."""
 
     sums_raw = True
+    keeps_metric = True
 
     def __init__(self, dim: int):
         super().__init__(dim)
@@ -60,6 +71,20 @@ class Dense(Structure):
         matrix = self._square(values).T
         return symmetric_product(matrix, matrix).flatten()
 
+    def times_metric(self, values: Tensor, rows: Tensor, metric: Tensor | None = None) -> Tensor:
+        return super().times_metric(values, rows) if metric is None else rows @ self._square(metric)
+
+    def metric_times(self, values: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
+        if metric is None:
+            matrix = self._square(values)
+            return matrix @ (matrix.T @ columns)
+        return self._square(metric) @ columns
+
+    def shifted(self, moment: Tensor, weight: Tensor | float, damping: Tensor | float) -> Tensor:
+        shifted = moment * weight
+        self._square(shifted).diagonal().add_(damping)
+        return shifted
+
     def finish(self, values: Tensor, moment: Tensor) -> Tensor:
         matrix = self._square(values)
         return symmetric_product(self._square(moment) @ matrix, matrix).flatten()
@@ -81,37 +106,54 @@ class DenseMetric(Dense):
     That halves memory, and an update takes three products, two of them symmetric, instead of five.
     """
 
+    keeps_metric = False
+
     def mean_square(self, values: Tensor) -> Tensor:
         return self.mean_trace(values)
 
     def mean_curvature(self, values: Tensor, moment: Tensor, metric: Tensor | None = None) -> Tensor:
         return torch.dot(moment, values) / self.dim
 
-    def times_metric(self, values: Tensor, rows: Tensor) -> Tensor:
+    def times_metric(self, values: Tensor, rows: Tensor, metric: Tensor | None = None) -> Tensor:
         return rows @ self._square(values)
+
+    def metric_times(self, values: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
+        return self._square(values) @ columns
 
     def scaled(self, values: Tensor, factor: Tensor) -> Tensor:
         return values * factor.square()
 
-    def moved(self, values: Tensor, curvature: Tensor, lr_cov: float, limits: bool) -> Tensor:
+    def moved(
+        self,
+        values: Tensor,
+        moment: Tensor,
+        weight: Tensor | float,
+        damping: Tensor | float,
+        *,
+        lr_cov: float,
+        limits: bool,
+    ) -> Tensor:
         """P after `M ← M(I − βm)` with `m = ½(MᵀWM − I)`, in closed form.
 
-        `P ← (1 + b)²P − 2b(1 + b) PWP + b² PWPWP`, `b = β/2`; `PW` has the eigenvalues of `MᵀWM`.
+        `P ← APAᵀ` with `A = (1 + b)I − b·PW`, `b = β/2`; `PW` has the eigenvalues of `MᵀWM`, and AP is symmetric.
 
         Args:
-            curvature: W, damped.
+            moment, weight, damping: `W = weight·U + damping·I`.
             lr_cov: β.
             limits: whether β is divided by max(1, ρ(m)).
         """
-        p, w = self._square(values), self._square(curvature)
-        pw = p @ w
-        b: Tensor | float = lr_cov / 2
+        p = self._square(values)
+        damping, b = (
+            x if isinstance(x, Tensor) else torch.full((), x, dtype=p.dtype, device=p.device)
+            for x in (damping, lr_cov / 2)
+        )
+        # In place all along: with matrices this large a new one costs more than the arithmetic on it.
+        pw = torch.mm(p, self._square(moment)).mul_(weight).addcmul_(p, damping)
         if limits:
-            direction = pw.flatten() - self.identity(pw.dtype, pw.device)
-            b = b / (self.radius(direction) / 2).clamp_min(1)
-        pwp = symmetric_product(pw.T, p)
-        pwpwp = symmetric_product(pw.T, pwp)
-        return ((1 + b) ** 2 * p - 2 * b * (1 + b) * pwp + b**2 * pwpwp).flatten()
+            b = b / (self._radius(lambda row: row @ pw - row, pw) / 2).clamp_min(1)
+        for _ in range(2):
+            p = symmetric_product(pw.T, p).mul_(-b).addcmul_(p, 1 + b)
+        return p.flatten()
 
 
 class Diagonal(Structure):
@@ -139,7 +181,18 @@ class Diagonal(Structure):
         return values * other
 
     def moment(self, values: Tensor, rows: Tensor) -> Tensor:
-        return self.extract(rows, rows)
+        if rows.device.type != "cpu":
+            return self.extract(rows, rows)
+        return sum(self.extract(part, part) for part in rows.split(_ROWS_IN_CACHE))
 
     def finish(self, values: Tensor, moment: Tensor) -> Tensor:
         return values.square() * moment
+
+    def times_metric(self, values: Tensor, rows: Tensor, metric: Tensor | None = None) -> Tensor:
+        return rows * values.square()
+
+    def metric_times(self, values: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
+        return columns * values.square().unsqueeze(1)
+
+    def radius(self, values: Tensor) -> Tensor:
+        return values.abs().amax()

@@ -7,6 +7,13 @@ from torch import Tensor
 
 from hf_efcp.curvature.structures.base import Structure
 
+_ODD_PARTS = (1, 3, 5, 9, 15)  # times a power of two: lengths for which the FFT is fast
+
+
+def _fast_length(at_least: int) -> int:
+    """The shortest fast length that is even and at least so long."""
+    return min(2 * odd << max(0, (-(-at_least // (2 * odd)) - 1).bit_length()) for odd in _ODD_PARTS)
+
 
 class TriangularToeplitz(Structure):
     """One coefficient a diagonal: `M[i, j] = c[i − j]` for i ≥ j (lower), or `M[i, j] = c[j − i]` for j ≥ i (upper).
@@ -18,7 +25,7 @@ class TriangularToeplitz(Structure):
     def __init__(self, dim: int, lower: bool):
         super().__init__(dim)
         self.numel, self.lower = dim, lower
-        self._length = 1 << (2 * dim - 1).bit_length()  # no wrap-around; powers of two are the fast lengths
+        self._length = _fast_length(2 * dim - 1)  # no wrap-around
 
     def identity(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         values = torch.zeros(self.dim, dtype=dtype, device=device)
@@ -31,15 +38,24 @@ class TriangularToeplitz(Structure):
         return weight
 
     def apply(self, values: Tensor, rows: Tensor, transpose: bool = False) -> Tensor:
-        spectrum = self._fft(values)
-        if self.lower != transpose:  # x @ lower correlates, x @ upper convolves
-            spectrum = spectrum.conj()
-        return self._ifft(self._fft(rows) * spectrum)
+        return self._applied(self._fft(values), rows, transpose)[:, : self.dim]
 
     def extract(self, left: Tensor, right: Tensor) -> Tensor:
         """Means of the diagonals of `leftᵀ right`: all rows share one inverse transform."""
         below, above = (left, right) if self.lower else (right, left)
         return self._mean(self._ifft((self._fft(below) * self._fft(above).conj()).sum(0)))
+
+    def project(self, rows: Tensor) -> Tensor:
+        return self._projected(self._fft(rows))
+
+    def moment(self, values: Tensor, rows: Tensor) -> Tensor:
+        if not len(rows):  # which the FFT refuses: a batch without tokens of this layer
+            return torch.zeros_like(values)
+        return self._projected(torch.fft.rfft(self._cut(self._applied(self._fft(values), rows))))
+
+    def times_metric(self, values: Tensor, rows: Tensor, metric: Tensor | None = None) -> Tensor:
+        spectrum = self._fft(values)
+        return self._applied(spectrum, self._cut(self._applied(spectrum, rows)), transpose=True)[:, : self.dim]
 
     def gram(self, values: Tensor) -> Tensor:
         """`Σᵢ (MᵀM)[i, i + j] = Σₛ c[s + j]·(d − s − j)·c[s]`, whether M is lower or upper."""
@@ -54,6 +70,21 @@ class TriangularToeplitz(Structure):
     def mean_square(self, values: Tensor) -> Tensor:
         lengths = torch.arange(self.dim, 0, -1, dtype=values.dtype, device=values.device)
         return (values.square() * lengths).sum() / self.dim
+
+    def _applied(self, spectrum: Tensor, rows: Tensor, transpose: bool = False) -> Tensor:
+        """(n, length): `rows @ M` and, behind the first d columns, what wraps around; `spectrum` is M's."""
+        if self.lower != transpose:  # x @ lower correlates, x @ upper convolves
+            spectrum = spectrum.conj()
+        return torch.fft.irfft(self._fft(rows).mul_(spectrum), n=self._length)
+
+    def _cut(self, rows: Tensor) -> Tensor:
+        """Rows of a whole length with zeros behind the first d columns: in place, where slicing would copy twice."""
+        rows[:, self.dim :] = 0
+        return rows
+
+    def _projected(self, spectra: Tensor) -> Tensor:
+        power = torch.view_as_real(spectra).square_().sum((0, 2))
+        return self._mean(torch.fft.irfft(power, n=self._length)[: self.dim]) * self.weight(power)
 
     def _mean(self, sums: Tensor) -> Tensor:
         return sums / torch.arange(self.dim, 0, -1, dtype=sums.dtype, device=sums.device)

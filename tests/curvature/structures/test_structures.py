@@ -84,8 +84,18 @@ def test_projection_of_second_moments_and_grams(name, dim):
     matrix, rows = structure.to_dense(values), random(4, dim, seed=3)
     torch.testing.assert_close(structure.project(rows), projection(structure, rows.T @ rows))
     torch.testing.assert_close(structure.gram(values), projection(structure, matrix.T @ matrix))
-    moved = structure.finish(values, structure.moment(values, rows))
+    moment = structure.moment(values, rows)
+    moved = structure.finish(values, moment)
     torch.testing.assert_close(moved, projection(structure, matrix.T @ rows.T @ rows @ matrix))
+    if structure.sums_raw:
+        torch.testing.assert_close(structure.moment_trace(moment), rows.square().sum() / dim)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_rows_have_no_moment(name):
+    structure, values = sample(name, 13)
+    moment = structure.moment(values, torch.empty(0, 13, dtype=torch.float64))
+    assert torch.equal(structure.finish(values, moment), torch.zeros_like(values))
 
 
 @cases
@@ -99,7 +109,11 @@ def test_means_and_damped_curvature(name, dim):
     damped = 0.3 * u + 0.2 * torch.eye(dim, dtype=torch.float64)
     moved = structure.damped(values, moment, 0.3, 0.2)
     torch.testing.assert_close(moved, projection(structure, matrix.T @ damped @ matrix))
-    torch.testing.assert_close(structure.times_metric(values, rows), rows @ matrix @ matrix.T)
+    product = rows @ matrix @ matrix.T
+    kept = [None, structure.metric(values)] if structure.keeps_metric else [None]
+    for metric in kept:
+        torch.testing.assert_close(structure.times_metric(values, rows, metric), product)
+        torch.testing.assert_close(structure.metric_times(values, rows.T, metric), product.T)
 
 
 @pytest.mark.parametrize("name", NAMES)
