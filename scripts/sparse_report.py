@@ -25,9 +25,9 @@ def of(runs: Sequence[Run], sparsity: float, arm: str) -> list[Run]:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean ± standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean ± standard deviation; one value alone has none."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def epochs_to(run: Run, accuracy: float) -> int | None:
