@@ -78,8 +78,8 @@ def ours(params: list[torch.nn.Parameter], window: int, density: float, variants
     if variants:
         bfloat16 = {**rule, "value_dtype": "bfloat16", "residual_dtype": "bfloat16"}
         yield "S-M-FAC bfloat16", MFAC(params, **common, **absolute, **bfloat16)
-        dense = {**rule, "precondition": "gradient", "scaling": "rms"}
-        yield "S-M-FAC on the dense gradient", MFAC(params, **common, **absolute, **dense)
+        dense = {**bfloat16, "precondition": "gradient", "scaling": "adam", "moment_dtype": "bfloat16"}
+        yield "S-M-FAC, dense gradient, Adam", MFAC(params, **{**common, "momentum": 0.9, **dense})
     if variants and window == 32:  # once
         common["window"] = 100
         yield "S-GGT", GGT(params, **common, **rule)
@@ -122,7 +122,7 @@ def measure(size: int, window: int, args: argparse.Namespace, variants: bool) ->
         run_on(BACKENDS[-1])
         torch.set_num_threads(max(args.threads))
         fill(optimizer, params, generator)
-        for on in BACKENDS:
+        for on in args.backends:
             run_on(on)
             for row in rows(name, optimizer, optimizer.state_bytes(), on):
                 yield {**row, "window": optimizer.defaults["window"]}
@@ -177,12 +177,14 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--rivals", nargs="*", choices=["published", "adamw"], default=["published", "adamw"])
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--sweep", action="store_true", help="cost against d and against m")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--picture", type=Path, help="with --sweep: draw there")
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    print(f"torch {torch.__version__}, density {args.density:g}, blocks of {BLOCK_SIZE}, {commit.stdout.strip()}\n")
+    where = f"{processor()}, torch {torch.__version__}, commit {commit.stdout.strip()}"
+    print(f"{where}, seed 0, density {args.density:g}, blocks of {BLOCK_SIZE}\n")
     print(HEADER, "|---|---|---|---|---|---|---|---|", sep="\n")
     rows = read(args.json) if args.sweep else []
     for row in rows:
@@ -201,6 +203,13 @@ def main() -> None:
             args.json.write_text(json.dumps({"rows": rows}, indent=1))
     if args.picture:
         draw(rows, args.picture)
+
+
+def processor() -> str:
+    """Its name, on Linux."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "unknown processor")
 
 
 def read(path: Path | None) -> list[dict[str, Any]]:
