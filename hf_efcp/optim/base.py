@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -235,6 +235,23 @@ def flat_parameters(params: Iterable[Any]) -> list[Tensor]:
         else:
             found.append(item[1] if isinstance(item, tuple) else item)
     return found
+
+
+def fill_(tensors: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
+    """Copy what is saved into the tensors of the same names; those that are not saved stay.
+
+    Raises:
+        ValueError: a saved shape is another.
+    """
+    for name, tensor in tensors.items():
+        if name not in saved:
+            continue
+        if saved[name].shape != tensor.shape:
+            raise ValueError(
+                f"The saved `{name}` has shape {tuple(saved[name].shape)}; this model and these options need "
+                f"{tuple(tensor.shape)}."
+            )
+        tensor.copy_(saved[name])
 
 
 def _tensors(states: Iterable[dict[str, Any]]) -> Iterable[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efcp.optim.base import EfcpOptimizer
+from hf_efcp.optim.base import EfcpOptimizer, fill_
 from hf_efcp.optim.rounding import step_rounded_
 from hf_efcp.parallel import Group, Replicated, Sharing, balanced, check_replicas, collect, find_sharing
 
@@ -124,7 +124,7 @@ class ParameterwiseOptimizer(EfcpOptimizer):
             state = self._made_state(parameter, parameter in owners)
             if number == 0:
                 state.update(self._shared_state(parameter.device))
-            _fill(state, old)
+            fill_(state, old)
             self.state[parameter] = state
         self._owners = owners
 
@@ -212,15 +212,3 @@ class ParameterwiseOptimizer(EfcpOptimizer):
     def _ranks(self) -> Group:
         """Those that take a step together or not at all."""
         return self._owners.group
-
-
-def _fill(state: dict[str, Tensor], saved: dict[str, Any]) -> None:
-    for name, tensor in state.items():
-        if name not in saved:
-            continue
-        if saved[name].shape != tensor.shape:
-            raise ValueError(
-                f"The saved `{name}` has shape {tuple(saved[name].shape)}; this model and these options need "
-                f"{tuple(tensor.shape)}."
-            )
-        tensor.copy_(saved[name])

@@ -11,14 +11,14 @@ from torch import Tensor
 from hf_efcp.curvature.solvers import cancels
 from hf_efcp.ops import take_row
 from hf_efcp.optim.apply import apply_
-from hf_efcp.optim.base import EfcpOptimizer, flat_parameters
+from hf_efcp.optim.base import EfcpOptimizer, fill_, flat_parameters
 from hf_efcp.optim.budget import fit_budget
 from hf_efcp.optim.diagnostics import Recorded, basic_figures, shape_figures
 from hf_efcp.optim.options import check_options
 from hf_efcp.optim.scaling import average_, scale_
 from hf_efcp.optim.segment import Segment, Segments
 from hf_efcp.optim.window_options import check_combinations
-from hf_efcp.optim.window_state import fill_shared_, filled_states, find_window_sharing, whole_states
+from hf_efcp.optim.window_state import filled_states, find_window_sharing, whole_states
 from hf_efcp.parallel import Group, check_replicas
 
 
@@ -101,7 +101,7 @@ class WindowOptimizer(EfcpOptimizer):
         shared = self._shared_state(self._state_device(params[0]))
         for segment in segments:
             shared.update(segment.window.shared_buffers())
-        fill_shared_(shared, saved.get(params[0], {}))
+        fill_(shared, saved.get(params[0], {}))
         states[params[0]].update(shared)
         for parameter in params:
             self.state[parameter] = states[parameter]

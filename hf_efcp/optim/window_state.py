@@ -74,19 +74,6 @@ def _fill_(segment: Segment, piece: Piece, name: str, view: Tensor, saved: Tenso
     )
 
 
-def fill_shared_(shared: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
-    """Copy what the whole model shares. Raises `ValueError` as `filled_states`."""
-    for name, tensor in shared.items():
-        if name not in saved:
-            continue
-        if saved[name].shape != tensor.shape:
-            raise ValueError(
-                f"The saved `{name}` has shape {tuple(saved[name].shape)}; this model and these options need "
-                f"{tuple(tensor.shape)}."
-            )
-        tensor.copy_(saved[name])
-
-
 def whole_states(segments: Segments, device: torch.device, keeps: bool) -> dict[Tensor, dict[str, Tensor]] | None:
     """Each parameter's state from the pieces of all ranks, on the CPU. All ranks must call it.
 
