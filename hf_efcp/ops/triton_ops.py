@@ -20,7 +20,7 @@ from hf_efcp.ops.triton_moments import adam_, adam_direction_, adam_mean_  # noq
 from hf_efcp.ops.triton_topk import push_topk
 
 if not hasattr(triton.language, "gather"):
-    raise ImportError(f"Triton 3.2 or newer is needed, this is {triton.__version__}")
+    raise ImportError(f"Triton 3.3 or newer is needed, this is {triton.__version__}")
 
 INTERPRETED = not isinstance(push_topk, triton.runtime.JITFunction)
 _PROGRAMS = 1024  # of a sum over blocks: fixed, so that the order of the sum is no matter of the device
