@@ -96,26 +96,24 @@ def window_dots(
 
 
 @triton.jit
-def window_combine(
-    out_ptr,
+def add_rows(
+    out,
+    weights,
     indices_ptr,
     values_ptr,
     scales_ptr,
-    weights_ptr,
+    block,
     WINDOW: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,  # K, up to a power of two
     INT8: tl.constexpr,
 ):
-    """`torch_ops.window_combine_` for one block a program.
+    """Add one block of all rows, each times its weight, to the block at `out`.
 
     Indices of a row differ, so its entries are added side by side; rows one after the other. The next row is on its
     way while one is added. The block of `out` stays in the multiprocessor's cache.
     """
-    block = tl.program_id(0).to(tl.int64)
-    out = out_ptr + block * BLOCK_SIZE
     e = tl.arange(0, WIDTH)
     entry = block * (WINDOW * K) + e
     scales_of = scales_ptr
@@ -131,7 +129,27 @@ def window_combine(
         if INT8:
             value *= tl.load(scales_of + row)
         before = tl.load(out + index, mask=e < K, other=0.0)
-        term = value.to(before.dtype) * tl.load(weights_ptr + row)
+        term = value.to(before.dtype) * tl.load(weights + row)
         tl.store(out + index, before + term, mask=e < K)
         tl.debug_barrier()  # the next row may be added to the same entries by other threads
         index, value = next_index, next_value
+
+
+@triton.jit
+def window_combine(
+    out_ptr,
+    indices_ptr,
+    values_ptr,
+    scales_ptr,
+    weights_ptr,
+    WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INT8: tl.constexpr,
+):
+    """`torch_ops.window_combine_` for one block a program."""
+    block = tl.program_id(0).to(tl.int64)
+    out = out_ptr + block * BLOCK_SIZE
+    add_rows(out, weights_ptr, indices_ptr, values_ptr, scales_ptr, block, WINDOW, K, GROUP, WIDTH, INT8)

@@ -24,6 +24,24 @@ def at_random(x, step):
 
 
 @triton.jit
+def moved_direction(u, first, second, mask, kept, rate1, rate2, correction1, correction2, step, EPS: tl.constexpr):
+    """Adam's direction over `u`, the moments at `first` and `second` brought up to date where `kept`.
+
+    Rates are `1 − β`, corrections `1 − βᵗ`, all float32; `step` is t, int32.
+    """
+    mean = float32(tl.load(first, mask=mask, other=0.0))
+    square = float32(tl.load(second, mask=mask, other=0.0))
+    mean += rate1 * (u - mean)
+    square += rate2 * (u * u - square)
+    tl.store(first, rounded(mean, first.dtype.element_ty), mask=kept)
+    stored = square
+    if second.dtype.element_ty == tl.bfloat16:
+        stored = at_random(square, step)
+    tl.store(second, rounded(stored, second.dtype.element_ty), mask=kept)
+    return tl.div_rn(tl.div_rn(mean, correction1), tl.sqrt_rn(tl.div_rn(square, correction2)) + EPS)
+
+
+@triton.jit
 def adam(
     update_ptr,
     first_ptr,
@@ -32,31 +50,23 @@ def adam(
     step_ptr,
     accept_ptr,
     n,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
+    rate1,  # an argument and no constant: schedulers of momentum change it at each step
+    rate2,
     EPS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """`torch_moments.adam_` for `SIZE` entries a program; `corrections` are `1 − βᵗ`, float32."""
+    """`torch_moments.adam_` for `SIZE` entries a program; see `moved_direction`."""
     start = tl.program_id(0).to(tl.int64) * SIZE
     i = tl.arange(0, SIZE)
     left = n - start
     mask = i < left
-    accept = tl.load(accept_ptr).to(tl.int32)
-    kept = i < left * accept  # a bound for the mask: a scalar condition would have to be made a vector
+    kept = i < left * tl.load(accept_ptr).to(tl.int32)  # a scalar condition would have to be made a vector
+    first, second = first_ptr + start + i, second_ptr + start + i
     u = tl.load(update_ptr + start + i, mask=mask, other=0.0)
-    mean = float32(tl.load(first_ptr + start + i, mask=mask, other=0.0))
-    square = float32(tl.load(second_ptr + start + i, mask=mask, other=0.0))
-    mean += (1 - BETA1) * (u - mean)
-    square += (1 - BETA2) * (u * u - square)
-    tl.store(first_ptr + start + i, rounded(mean, first_ptr.dtype.element_ty), mask=kept)
-    stored = square
-    if second_ptr.dtype.element_ty == tl.bfloat16:
-        stored = at_random(square, tl.load(step_ptr))
-    tl.store(second_ptr + start + i, rounded(stored, second_ptr.dtype.element_ty), mask=kept)
-    mean = tl.div_rn(mean, tl.load(corrections_ptr))
-    square = tl.sqrt_rn(tl.div_rn(square, tl.load(corrections_ptr + 1))) + EPS
-    tl.store(update_ptr + start + i, tl.where(kept, tl.div_rn(mean, square), 0.0), mask=mask)
+    correction1, correction2 = tl.load(corrections_ptr), tl.load(corrections_ptr + 1)
+    step = tl.load(step_ptr).to(tl.int32)
+    u = moved_direction(u, first, second, mask, kept, rate1, rate2, correction1, correction2, step, EPS)
+    tl.store(update_ptr + start + i, tl.where(kept, u, 0.0), mask=mask)
 
 
 def adam_(
@@ -73,13 +83,10 @@ def adam_(
     """See `torch_moments.adam_`."""
     if not update.numel():
         return update
-    count = step.double()
-    corrections = torch.stack([1 - beta1**count, 1 - beta2**count]).float()
     with torch.cuda.device_of(update):
         adam[(triton.cdiv(update.numel(), _PER_PROGRAM),)](
-            *(update, first, second, corrections, step, accept.view(torch.uint8), update.numel()),
-            BETA1=beta1,
-            BETA2=beta2,
+            *(update, first, second, corrections(step, beta1, beta2), step, accept.view(torch.uint8)),
+            *(update.numel(), 1 - beta1, 1 - beta2),
             EPS=eps,
             SIZE=_PER_PROGRAM,
             num_warps=4,
@@ -97,8 +104,8 @@ def adam_mean(
     step_ptr,
     accept_ptr,
     n,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
+    rate1,
+    rate2,
     HAS_SECOND: tl.constexpr,
     SIZE: tl.constexpr,
 ):
@@ -110,11 +117,11 @@ def adam_mean(
     kept = i < left * tl.load(accept_ptr).to(tl.int32)
     g = tl.load(gradient_ptr + start + i, mask=mask, other=0.0)
     mean = float32(tl.load(first_ptr + start + i, mask=mask, other=0.0))
-    mean += (1 - BETA1) * (g - mean)
+    mean += rate1 * (g - mean)
     tl.store(first_ptr + start + i, rounded(mean, first_ptr.dtype.element_ty), mask=kept)
     if HAS_SECOND:
         square = float32(tl.load(second_ptr + start + i, mask=mask, other=0.0))
-        square += (1 - BETA2) * (g * g - square)
+        square += rate2 * (g * g - square)
         if second_ptr.dtype.element_ty == tl.bfloat16:
             square = at_random(square, tl.load(step_ptr))
         tl.store(second_ptr + start + i, rounded(square, second_ptr.dtype.element_ty), mask=kept)
@@ -148,13 +155,11 @@ def adam_mean_(
     """See `torch_moments.adam_mean_`."""
     if not gradient.numel():
         return gradient
-    corrections = (1 - beta1 ** step.double()).float()
+    correction = (1 - beta1 ** step.double()).float()
     with torch.cuda.device_of(gradient):
         adam_mean[(triton.cdiv(gradient.numel(), _PER_PROGRAM),)](
-            *(gradient, first, first if second is None else second, corrections, step, accept.view(torch.uint8)),
-            gradient.numel(),
-            BETA1=beta1,
-            BETA2=beta2,
+            *(gradient, first, first if second is None else second, correction, step, accept.view(torch.uint8)),
+            *(gradient.numel(), 1 - beta1, 1 - beta2),
             HAS_SECOND=second is not None,
             SIZE=_PER_PROGRAM,
             num_warps=4,
@@ -169,13 +174,19 @@ def adam_direction_(
     """See `torch_moments.adam_direction_`."""
     if not update.numel():
         return update
-    corrections = (1 - beta2 ** step.double()).float()
+    correction = (1 - beta2 ** step.double()).float()
     with torch.cuda.device_of(update):
         adam_direction[(triton.cdiv(update.numel(), _PER_PROGRAM),)](
-            *(update, second, corrections, accept.view(torch.uint8), update.numel()),
+            *(update, second, correction, accept.view(torch.uint8), update.numel()),
             EPS=eps,
             SIZE=_PER_PROGRAM,
             num_warps=4,
             enable_fp_fusion=False,
         )
     return update
+
+
+def corrections(step: Tensor, beta1: float, beta2: float) -> Tensor:
+    """(2,) float32, `1 − βᵗ` of both."""
+    count = step.double()
+    return torch.stack([1 - beta1**count, 1 - beta2**count]).float()

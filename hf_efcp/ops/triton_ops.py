@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_efcp.ops import torch_ops
 from hf_efcp.ops import triton_kernels as kernels
 from hf_efcp.ops.triton_moments import adam_, adam_direction_, adam_mean_  # noqa: F401  this backend's
+from hf_efcp.ops.triton_step import combine_step_  # noqa: F401  this backend's
 from hf_efcp.ops.triton_topk import push_topk
 
 if not hasattr(triton.language, "gather"):

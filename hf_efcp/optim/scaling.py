@@ -44,23 +44,31 @@ def scale_(
 
 def rms_(updates: list[Tensor], segments: Segments, target: float) -> None:
     """Scale the updates, one flat vector a segment, to a root mean square of `target` over the whole model."""
-    device = updates[0].device
-    squares = [torch.linalg.vector_norm(u, dtype=torch.float64).to(device).square() for u in updates]
-    total = segments.group.sum_(torch.stack(squares).sum())
-    factor = _ratio(target, (total / max(1, segments.numel)).sqrt())
+    squares = [torch.linalg.vector_norm(u, dtype=torch.float64).square() for u in updates]
+    factor = model_factor(squares, segments, target)
     for update in updates:
         update.mul_(factor.to(update.device, update.dtype))
+
+
+def model_factor(squares: list[Tensor], segments: Segments, target: float) -> Tensor:
+    """() float64, what an update is multiplied by in `rms_`, from the sum of squares of each segment."""
+    total = segments.group.sum_(torch.stack([s.to(squares[0].device) for s in squares]).sum())
+    return _ratio(target, (total / max(1, segments.numel)).sqrt())
 
 
 def layer_rms_(updates: list[Tensor], segments: Segments, target: float) -> None:
     """Scale each parameter's part of the updates to a root mean square of `target`."""
     parts = [segment.layout.split(update) for update, segment in zip(updates, segments, strict=True)]
     squares = [_norms(part, update).double().square() for part, update in zip(parts, updates, strict=True)]
-    device = updates[0].device
-    roots = segments.means(segments.by_parameter(squares, device)).sqrt()
-    for part, factors in zip(parts, segments.by_piece(_ratio(target, roots)), strict=True):
+    for part, factors in zip(parts, parameter_factors(squares, segments, target), strict=True):
         if part:
             torch._foreach_mul_(part, list(factors.to(part[0].dtype).unbind()))
+
+
+def parameter_factors(squares: list[Tensor], segments: Segments, target: float) -> list[Tensor]:
+    """For each segment (pieces,) float64, what they are multiplied by in `layer_rms_`, from their sums of squares."""
+    roots = segments.means(segments.by_parameter(squares, squares[0].device)).sqrt()
+    return segments.by_piece(_ratio(target, roots))
 
 
 def heavy_ball_(updates: list[Tensor], segments: Segments, accept: Tensor, *, momentum: float) -> None:

@@ -13,10 +13,12 @@ from hf_efcp.ops import take_row
 from hf_efcp.optim.apply import apply_
 from hf_efcp.optim.base import EfcpOptimizer, fill_, flat_parameters
 from hf_efcp.optim.budget import fit_budget
+from hf_efcp.optim.combination import Combination
 from hf_efcp.optim.diagnostics import Recorded, basic_figures, shape_figures
+from hf_efcp.optim.fused_step import FusedStep
 from hf_efcp.optim.options import check_options
 from hf_efcp.optim.scaling import average_, scale_
-from hf_efcp.optim.segment import Segment, Segments
+from hf_efcp.optim.segment import Segments
 from hf_efcp.optim.window_options import check_combinations
 from hf_efcp.optim.window_state import filled_states, find_window_sharing, whole_states
 from hf_efcp.parallel import Group, check_replicas
@@ -35,6 +37,7 @@ class WindowOptimizer(EfcpOptimizer):
 
     _segments: Segments | None = None
     _recorded: Recorded | None = None
+    _fused: FusedStep | None = None
 
     def __init__(self, params: Iterable[Any], options: dict[str, Any]):
         options = check_options(self.options, options)
@@ -167,10 +170,16 @@ class WindowOptimizer(EfcpOptimizer):
             self._recorded = Recorded(gradients, accept.device, segments.group)
         if self._rejects(accept):
             return
-        updates = self._precondition(segments, shared, self._zero_unless_(accept, gradients), accept)
+        sums = self._precondition(segments, shared, self._zero_unless_(accept, gradients), accept)
+        shared["step"] += accept
+        if self._fused is None or self._fused.segments is not segments:
+            self._fused = FusedStep(self, segments)
+        if self._fused.is_possible():
+            self._fused.finish_(sums, shared, accept)
+            return
+        updates = [combination.sum_() for combination in sums]
         if self.record_metrics:
             self._recorded.precondition(updates)
-        shared["step"] += accept
         accept = self._finite(updates, accept, shared, segments.group)
         if not self._rejects(accept):
             updates = self._scaled(updates, segments, shared, accept)
@@ -201,7 +210,7 @@ class WindowOptimizer(EfcpOptimizer):
 
     def _precondition(
         self, segments: Segments, shared: dict[str, Tensor], gradients: list[Tensor], accept: Tensor
-    ) -> list[Tensor]:
+    ) -> list[Combination]:
         device = accept.device
         row = shared["step"] % self.defaults["window"]
         scratch = [torch.empty_like(x) for x in gradients] if self._keeps_gradient else gradients
@@ -224,12 +233,11 @@ class WindowOptimizer(EfcpOptimizer):
         # Beyond 50, a sum in float32 would lose 1e-5 of the update; elsewhere than on the CPU the host cannot look.
         if not (self._reads(accept) and cancels(gram, coefficients, row, 50)):
             coefficients = coefficients.float()
-        updates = [x.zero_() for x in scratch] if targets is None else self._own(targets, gradients, scratch)
-        for number, (segment, part) in enumerate(zip(segments, segments.scatter(coefficients), strict=True)):
-            if targets is not None:
-                _scale_(updates[number], segments.scatter(weight)[number], segment)
-            segment.window.combine(part, updates[number])
-        return updates
+        own: list[Any] = [None] * len(segments)
+        if targets is not None:  # every scaling sees x itself
+            own = segments.scatter(weight) if self.defaults["scaling"] == "none" else [1.0] * len(segments)
+        outs = scratch if targets is None else self._own(targets, gradients, scratch)
+        return [Combination(*parts) for parts in zip(segments, segments.scatter(coefficients), own, outs, strict=True)]
 
     def _own(self, targets: list[Tensor], gradients: list[Tensor], scratch: list[Tensor]) -> list[Tensor]:
         """The targets, to be written over: the step's copy of the gradient itself, but a copy of what is state."""
@@ -286,12 +294,3 @@ class WindowOptimizer(EfcpOptimizer):
         gram = self.state[self._parameters()[0]]["gram"]
         figures = figures_of(gram, self._condition, self._segments, self._recorded)
         return {name: float(value) for name, value in figures.items()}
-
-
-def _scale_(update: Tensor, weights: Tensor, segment: Segment) -> None:
-    """`update *= weight`, with one weight or one for each parameter."""
-    weights = weights.to(update.dtype)
-    if len(weights) == 1:
-        update.mul_(weights)
-    elif len(weights):
-        torch._foreach_mul_(segment.layout.split(update), list(weights.unbind()))

@@ -45,13 +45,17 @@ class Local:
         """The gradient of each piece, in its shape."""
         return [p.grad for p in self.params]
 
+    def weights(self) -> list[Tensor]:
+        """The weights of each piece, in memory that `share` reads; not for sharded parameters."""
+        return self.params
+
     def targets(self, updates: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Parameters, the weights of theirs that this rank updates in place, and the updates for them.
 
         Args:
             updates: of each piece, in its shape.
         """
-        return [(p, p, update.to(p.device)) for p, update in zip(self.params, updates, strict=True)]
+        return [(p, w, u.to(p.device)) for p, w, u in zip(self.params, self.weights(), updates, strict=True)]
 
     def share(self, weights: Sequence[Tensor]) -> None:
         """Let all ranks have the new weights that `targets` gave out."""
@@ -81,12 +85,12 @@ class Replicated(Local):
         grads = [self.params[piece.number].grad for piece in self.pieces]
         return [None if g is None else _part(g, piece) for g, piece in zip(grads, self.pieces, strict=True)]
 
+    def weights(self) -> list[Tensor]:
+        return [_part(self.params[piece.number].detach(), piece) for piece in self.pieces]
+
     def targets(self, updates: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         params = [self.params[piece.number] for piece in self.pieces]
-        return [
-            (p, _part(p.detach(), piece), update.to(p.device))
-            for p, piece, update in zip(params, self.pieces, updates, strict=True)
-        ]
+        return [(p, w, u.to(p.device)) for p, w, u in zip(params, self.weights(), updates, strict=True)]
 
     def share(self, weights: Sequence[Tensor]) -> None:
         longest = max(sum(map(len, pieces)) for pieces in self.by_rank)

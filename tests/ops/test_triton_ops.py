@@ -184,12 +184,19 @@ def test_no_pass_hides_a_nan_or_spreads_it(device):
 
 
 COMPILE = """
-import itertools
+import subprocess
+from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from hf_efcp.ops import triton_moments, triton_ops
+from hf_efcp.ops import fused, triton_moments, triton_ops, triton_step
 from ops_cases import RESIDUALS, VALUES, draw, make_residual, make_window
+
+try:
+    from triton.runtime.jit import type_canonicalisation_dict as TYPES
+except ImportError:
+    from triton._utils import type_canonicalisation_dict as TYPES
+USAGE = next(Path(triton.__file__).parent.rglob("cuobjdump"), None)
 
 class Compiled:
     'A kernel that compiles what it is called with, for the chip of an H100 or H200, and does not run.'
@@ -206,24 +213,32 @@ class Compiled:
         types, aligned, given = {}, {}, {}
         for index, (name, value) in enumerate({**dict(zip(names, args)), **constants}.items()):
             if isinstance(value, torch.Tensor):
-                types[name] = f"*{triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).split('.')[1]]}"
+                types[name] = f"*{TYPES[str(value.dtype).split('.')[1]]}"
                 aligned[index,] = [["tt.divisibility", 16]]
             elif name in ("n_blocks", "window", "n") and value != 1:  # a launch takes 1 as a constant
                 types[name] = "i32"
+            elif name in ("rate1", "rate2"):
+                types[name] = "fp32"
             else:
                 types[name], given[index,] = "constexpr", value
         source = triton.compiler.ASTSource(self.kernel, types, constexprs=given, attrs=aligned)
         options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
         done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert done.metadata.shared <= 99 * 1024, (self.kernel, done.metadata.shared)  # of consumers' cards
+        if USAGE:
+            Path("kernel.cubin").write_bytes(done.asm["cubin"])
+            told = subprocess.run([USAGE, "-res-usage", "kernel.cubin"], capture_output=True, text=True).stdout
+            assert "STACK:0" in told and "LOCAL:0" in told, (self.kernel, told)  # no register is spilled
         Compiled.count += 1
 
 triton_ops.push_topk = Compiled(triton_ops.push_topk)
 for name in ("window_dots", "window_combine"):
     setattr(triton_ops.kernels, name, Compiled(getattr(triton_ops.kernels, name)))
 triton_moments.adam = Compiled(triton_moments.adam)
+triton_step.combine_step = Compiled(triton_step.combine_step)
 yes, row = torch.tensor(True), torch.tensor(1)
 triton_moments.adam_(draw(9), draw(9), draw(9).bfloat16(), row, yes, beta1=0.9, beta2=0.999)
+pieces, rates = torch.zeros(2, dtype=torch.int32), torch.ones(1, 2)
 for (value, residual), size in (((1, 1), 8192), ((2, 2), 256)):
     indices, values, scales = make_window(2, 3, size, size // 100, VALUES[value], group=2)
     memory, grid = make_residual(draw(2, size), RESIDUALS[residual])
@@ -231,6 +246,16 @@ for (value, residual), size in (((1, 1), 8192), ((2, 2), 256)):
     triton_ops.window_dots(indices, values, draw(2, size), scales)
     triton_ops.row_dots(indices, values, row, draw(2, size), scales)
     triton_ops.window_combine_(draw(2, size), indices, values, draw(3), scales)
+    moments = [draw(2 * size).bfloat16() for _ in range(2)]
+    weights = [draw(2 * size).to(dtype) for dtype in fused.KINDS]
+    table = fused.weight_table(weights, [range(2)] * 3, [0] * 3, torch.device("cpu"))
+    table = fused.Weights(pieces, table, rates, frozenset(fused.KINDS), value == 1)
+    rows = fused.Rows(indices, values, scales, draw(2, 3), draw(2))
+    adam, ball = fused.Moments(*moments, 0.9, 0.999), fused.Moments(moments[0], None, 0.9)
+    at = {"pieces": pieces, "rows": rows}
+    triton_step.combine_step_(draw(2, size), row, yes, **at, moments=adam, weights=table)
+    triton_step.combine_step_(draw(2, size), row, yes, **at, moments=ball, squares=draw(2).double(), store=True)
+    triton_step.combine_step_(draw(2, size), row, yes, pieces=pieces, factors=draw(2), weights=table, store=True)
 triton_ops.accumulate_topk_(draw(1, 64), draw(1, 64), 3, torch.float32, yes)
 print(Compiled.count)
 """
@@ -242,6 +267,6 @@ def test_kernels_compile_for_a_device(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "10"
+    assert done.stdout.strip() == "16"
