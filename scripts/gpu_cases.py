@@ -43,7 +43,9 @@ class Sizes:
 
 GPU = Sizes("cuda", {"num_labels": 1000}, 64, [(4096, 4096)] * 60, (128, 256, 1024), 2048, 1 << 30, 20)
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-DRY = Sizes("cpu", {**TINY, "image_size": 8, "patch_size": 4, "num_labels": 3}, 2, [(16, 16)], (2, 3), 256, 1 << 10, 1)
+DRY = Sizes(
+    "cpu", {**TINY, "image_size": 8, "patch_size": 4, "num_labels": 3}, 2, [(16, 16)], (2, 3, 4), 256, 1 << 10, 1
+)
 
 
 def synchronize(device: str) -> None:
@@ -102,7 +104,10 @@ def models(sizes: Sizes) -> dict[str, list[torch.Size]]:
 
 
 def kernels(name: str, shapes: list[torch.Size], window: int, sizes: Sizes) -> Iterator[Row]:
-    """Time and bytes of each kernel, over random rows that were pushed; bfloat16 rows and residual, density 1 %."""
+    """Time and bytes of each kernel, over random rows that were pushed; bfloat16 rows and residual, density 1 %.
+
+    "combine and step" is the end of a step with Adam's moments, float32 weights among it, in one launch.
+    """
     layout = Layout(shapes, sizes.block_size)
     bfloat16 = {"value_dtype": torch.bfloat16, "residual_dtype": torch.bfloat16}
     ring = BlockTopKWindow(layout, window, density=0.01, device=torch.device(sizes.device), **bfloat16)
@@ -116,6 +121,16 @@ def kernels(name: str, shapes: list[torch.Size], window: int, sizes: Sizes) -> I
     rows, row, step = (ring.indices, ring.values), torch.zeros((), dtype=torch.int64, **new), torch.ones((), **new)
     weights = torch.randn(window, **new)
     moments = [torch.zeros(layout.size, dtype=torch.bfloat16, **new) for _ in range(2)]
+    weights_of = parameters(shapes, sizes.device)
+    pieces = [number for number, span in enumerate(layout.blocks) for _ in span]
+    finish = ops.Weights(
+        torch.tensor(pieces, dtype=torch.int32, **new),
+        ops.weight_table(weights_of, layout.blocks, [0] * len(weights_of), torch.device(sizes.device)),
+        torch.tensor([[1e-9, 1.0]], **new),
+        frozenset({torch.float32}),
+        stochastic=True,
+    )
+    combine_step_ = ops.combine_step_for(ring.values)
     row_bytes = ring.indices.nbytes + ring.values.nbytes
     # Bytes that have to move: each input read once, each output written once.
     cases: list[tuple[str, int, Callable[[], Any]]] = [
@@ -127,6 +142,17 @@ def kernels(name: str, shapes: list[torch.Size], window: int, sizes: Sizes) -> I
         ("row dots", row_bytes, lambda: ops.row_dots(*rows, row, out)),
         ("window dots", row_bytes + dense.nbytes, lambda: ops.window_dots(*rows, dense)),
         ("window combine", row_bytes + 2 * out.nbytes, lambda: ops.window_combine_(out, *rows, weights)),
+        (
+            "combine and step",
+            row_bytes + dense.nbytes + 4 * moments[0].nbytes + 2 * sum(p.nbytes for p in weights_of),
+            lambda: combine_step_(
+                *(out, step.long(), yes),
+                pieces=finish.pieces,
+                rows=ops.Rows(*rows, None, weights[None], 1.0),
+                moments=ops.Moments(*moments, 0.9, 0.999),
+                weights=finish,
+            ),
+        ),
         (
             "adam",
             2 * gradient.nbytes + 4 * moments[0].nbytes,
@@ -154,35 +180,22 @@ def parameters(shapes: list[torch.Size], device: str) -> list[Tensor]:
     return params
 
 
-def steps(name: str, shapes: list[torch.Size], sizes: Sizes, own: str) -> Iterator[Row]:
-    """Optimizer steps alone: AdamW fused, S-M-FAC on Triton and on torch, the published formula written plainly."""
-
-    def row(optimizer: str, window: int | None, peak: Peak, run: Callable[[], Any]) -> Row:
-        ms = milliseconds(run, sizes)
-        return {"model": name, "optimizer": optimizer, "window": window, "ms": ms, "peak_bytes": peak.bytes()}
-
+def optimizer_step(model: str, shapes: list[torch.Size], optimizer: str, window: int | None, sizes: Sizes) -> Row:
+    """One optimizer's step alone: AdamW fused, S-M-FAC on Triton or torch, the published formula written plainly."""
     peak, params = Peak(sizes.device), parameters(shapes, sizes.device)
-    adamw = torch.optim.AdamW(params, lr=1e-6, fused=True)
-    yield row("AdamW fused", None, peak, adamw.step)
-    del adamw
-    windows = sizes.windows if name == "ViT-B" else sizes.windows[:2]
-    for window in windows:
-        peak = Peak(sizes.device)
-        optimizer = create_optimizer("efcp_mfac", params, 1e-6, window=window, block_size=sizes.block_size)
+    name, _, served_by = optimizer.partition(", ")
+    if name == "AdamW fused":
+        chosen = torch.optim.AdamW(params, lr=1e-6, fused=True)
+    elif name == "published step":
+        chosen = PublishedMFAC(params, 1e-6, window=window, damping=1e-4, density=0.01)
+        chosen.fill(torch.Generator(sizes.device).manual_seed(0))
+    else:
+        chosen = create_optimizer(name, params, 1e-6, window=window, block_size=sizes.block_size)
         for _ in range(window):  # every row full
-            optimizer.step()
-        yield row(f"efcp_mfac, {own}", window, peak, optimizer.step)
-        if name == "ViT-B":
-            use_backend("torch")
-            yield row("efcp_mfac, torch", window, peak, optimizer.step)
-            use_backend(own if sizes.device == "cpu" else None)
-        del optimizer
-        if name == "ViT-B":
-            peak = Peak(sizes.device)
-            published = PublishedMFAC(params, 1e-6, window=window, damping=1e-4, density=0.01)
-            published.fill(torch.Generator(sizes.device).manual_seed(0))
-            yield row("published step", window, peak, published.step)
-            del published
+            chosen.step()
+        use_backend(served_by if served_by == "torch" or sizes.device == "cpu" else None)
+    ms = milliseconds(chosen.step, sizes)
+    return {"model": model, "optimizer": optimizer, "window": window, "ms": ms, "peak_bytes": peak.bytes()}
 
 
 class Watch(TrainerCallback):

@@ -1,5 +1,7 @@
 """`bench_gpu.py` where there is no GPU: its refusal, and all that it does, in small."""
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -39,9 +41,62 @@ def dry_run(folder, *arguments):
 def test_a_dry_run_measures_kernels_and_steps(tmp_path):
     rows = dry_run(tmp_path, "--sections", "copy", "kernels", "steps")
     kernels = {row["kernel"] for row in rows if "kernel" in row}
-    assert kernels == {"push", "row dots", "window dots", "window combine", "adam"}
+    assert kernels == {"push", "row dots", "window dots", "window combine", "combine and step", "adam"}
     steps = {(row["model"], row["optimizer"].split(",")[0]) for row in rows if "optimizer" in row}
     assert {("ViT-B", "AdamW fused"), ("ViT-B", "efcp_mfac"), ("1B", "efcp_mfac"), ("ViT-B", "published step")} <= steps
+
+    before = (tmp_path / "bench_gpu.jsonl").read_text()
+    assert dry_run(tmp_path, "--sections", "copy", "kernels", "steps") == rows
+    assert (tmp_path / "bench_gpu.jsonl").read_text() == before
+
+
+@pytest.fixture
+def bench():
+    pytest.importorskip("triton", reason="needs triton, which has wheels for Linux")
+    return importlib.import_module("bench_gpu")
+
+
+def measured(bench, monkeypatch, jobs, done=(), minutes=1.0):
+    monkeypatch.setattr(bench, "jobs", lambda *_: iter(jobs))
+    monkeypatch.setattr(bench, "use_backend", lambda *_: None)
+    args = argparse.Namespace(sections=[], minutes=minutes)
+    return list(bench.measure(args, bench.DRY, "triton", set(done)))
+
+
+def test_a_job_out_of_memory_costs_no_other_its_turn(bench, monkeypatch):
+    def fails():
+        yield {"kernel": "first"}
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rows = measured(bench, monkeypatch, [("a", fails), ("b", lambda: [{"ms": 1.0}])])
+    assert rows[0] == {"job": "a", "kernel": "first"}
+    assert rows[1] == {"left_out": "a", "why": "OutOfMemoryError: CUDA out of memory"}
+    assert rows[2:] == [{"job": "b", "ms": 1.0}, {"finished": "b"}]
+
+
+def test_what_there_is_no_time_for_is_told(bench, monkeypatch):
+    rows = measured(bench, monkeypatch, [("a", list)], minutes=0.0)
+    assert rows == [{"left_out": "a", "why": "0.0 minutes are over"}]
+
+
+def test_a_run_goes_on_where_another_was_cut_off(bench, monkeypatch, tmp_path):
+    """With whole jobs: rows of one that failed or was killed are dropped, and so are those of another commit."""
+    common, path = {"commit": "abc"}, tmp_path / "rows.jsonl"
+    rows = [common, {"job": "a", "ms": 1.0}, {"finished": "a"}, {"job": "b", "ms": 2.0}, {"left_out": "b", "why": "x"}]
+    path.write_text("\n".join(map(json.dumps, rows)) + '\n{"job": "c", "m')
+    kept = bench.finished(path, common)
+    assert kept == rows[1:3]
+    assert bench.finished(path, {"commit": "def"}) == bench.finished(tmp_path / "none", common) == []
+    taken = measured(bench, monkeypatch, [("a", list), ("b", list)], done={"a"})
+    assert taken == [{"finished": "b"}]
+
+
+def test_every_measurement_of_the_plan_is_a_job(bench):
+    """And the tables name the shares that are aimed at."""
+    names = [name for name, _ in bench.jobs(bench.DRY, list(bench.SECTIONS), "triton")]
+    assert names[0] == "copy"
+    assert len(names) == len(set(names)) == 1 + 3 + len(bench.TRAINED) + 13
+    assert set(bench.OVERHEADS) <= set(bench.TRAINED)
 
 
 @pytest.mark.slow
