@@ -6,7 +6,7 @@ Each process holds the same model and gradients, as after DDP. Printed for each 
 the fullest one, median time of a step, and what a process hands to collectives in a step, beside the formula:
 
     its share of the weights, 4 bytes each, and 4 bytes · flags: 1, or 2 in M-FAC and GGT
-    M-FAC, GGT      8 bytes · (m for the newest row of GGᵀ, m for Gx)
+    M-FAC, GGT      8 bytes · (m for the newest row of GGᵀ, m for Gx, 1 for |x|²)
     SINGD           when factors are due, and here they are at each step, 4 bytes · (d_i² + d_o² + 4) for each layer's
                     statistics and 32 for their sizes
 
@@ -87,7 +87,8 @@ def formula(figures: dict[str, int], size: int) -> int:
     """Bytes of a step by the formula above, for rows in blocks, or layers, that divide evenly."""
     if size == 1:
         return 0
-    shared = 8 * 2 * figures["window"] + (8 if figures["window"] else 4) + figures["statistics"]
+    rows = 8 * (2 * figures["window"] + 1) if figures["window"] else 0
+    shared = rows + (8 if figures["window"] else 4) + figures["statistics"]
     return shared + 4 * -(-figures["parameters"] // size)
 
 

@@ -147,7 +147,7 @@ def test_script_with_trainer(name, models, launch, tmp_path):
     script, model, words, metric, bar = SCRIPTS[name]
     launch(
         Path(EXAMPLES) / script, "--model_name_or_path", models / model, "--per_device_train_batch_size", 16, *words,
-        *TRAINING, "--learning_rate", "3e-3", "--optim", "efcp_mfac", "--optim_args", "window=16,density=0.1",
+        *TRAINING, "--learning_rate", "3e-3", "--optim", "efcp_mfac", "--optim_args", "window=16",
         "--output_dir", tmp_path / "out",
     )  # fmt: skip
     losses = [entry["loss"] for entry in log_of(tmp_path / "out") if "loss" in entry]

@@ -32,6 +32,19 @@ def cancels(gram: Tensor, coefficients: Tensor, row: Tensor, limit: float) -> bo
     return bool((terms > limit * squared.clamp_min(0).sqrt()).any())
 
 
+def length_ratio(gram: Tensor, coefficients: Tensor, dots: Tensor, squares: Tensor) -> Tensor:
+    """`|x| / |x + Gᵀc|` without either vector, (…) float64; 1 where x is zero.
+
+    Args:
+        gram, coefficients, dots: `GGᵀ` (…, m, m), `c` (…, m) and `G x` (…, m), float64.
+        squares: `|x|²`, (…) float64. The ratio is at most 1000: beyond, rounding is what is left of the sum.
+    """
+    through = (coefficients * (gram @ coefficients[..., None]).squeeze(-1)).sum(-1)
+    squared = squares + 2 * (coefficients * dots).sum(-1) + through
+    ratio = (squares / squared.clamp_min(1e-6 * squares)).sqrt()
+    return torch.where(squares > 0, ratio, torch.ones_like(ratio))
+
+
 def woodbury_solve(gram: Tensor, rhs: Tensor, damping: Tensor | float) -> Tensor:
     """`(mλI + GGᵀ)⁻¹ rhs`, the inner system of `(λI + GᵀG/m)⁻¹`.
 

@@ -32,13 +32,28 @@ def apply_(
         if not params:
             continue
         weights, steps = zip(*(target_of[p] for p in params), strict=True)
-        _move_(list(weights), list(steps), group, accept, step)
+        move_(list(weights), list(steps), group, accept, step)
     for segment, part in zip(segments, targets, strict=True):
         segment.owned.share([weights for _, weights, _ in part])
 
 
-def _move_(weights: list[Tensor], updates: list[Tensor], group: dict[str, Any], accept: Tensor, step: Tensor) -> None:
-    lr, decay = group["lr"], group["weight_decay"]
+def move_(
+    weights: list[Tensor],
+    updates: list[Tensor],
+    group: dict[str, Any],
+    accept: Tensor,
+    step: Tensor | int,
+    *,
+    lr: float | None = None,
+) -> None:
+    """`p ← p(1 − lr·weight_decay) − lr·update`, all tensors of a device and dtype at once; no decay unless accepted.
+
+    Weights of 16 bits are rounded as the group's `weight_rounding` says, stochastically by `step`.
+
+    Args:
+        lr: the group's, if not given.
+    """
+    lr, decay = group["lr"] if lr is None else lr, group["weight_decay"]
     plain: list[tuple[Tensor, Tensor]] = []
     for weight, update in zip(weights, updates, strict=True):
         if lr and group["weight_rounding"] == "stochastic" and weight.dtype in (torch.bfloat16, torch.float16):
@@ -46,18 +61,13 @@ def _move_(weights: list[Tensor], updates: list[Tensor], group: dict[str, Any], 
             step_rounded_(weight, update, factor=by, lr=lr, step=step)
         else:
             plain.append((weight, update))
-    move_([weight for weight, _ in plain], [update for _, update in plain], lr, decay, accept)
-
-
-def move_(weights: list[Tensor], updates: list[Tensor], lr: float, decay: float, accept: Tensor) -> None:
-    """`p ← p(1 − lr·decay) − lr·update`, all tensors of a device and dtype at once; no decay where not accepted."""
     if lr and decay:
         factor = 1 - lr * decay * accept.double()
-        for (device, dtype), there in _by_kind(weights).items():
+        for (device, dtype), there in _by_kind([weight for weight, _ in plain]).items():
             # A factor of another dtype would be a launch for each tensor; bfloat16 cannot hold 1 − 1e-5.
             torch._foreach_mul_(there, factor.to(device, dtype if dtype is torch.float32 else factor.dtype))
-    if weights:
-        torch._foreach_add_(weights, updates, alpha=-lr)
+    if plain:
+        torch._foreach_add_([weight for weight, _ in plain], [update for _, update in plain], alpha=-lr)
 
 
 def _by_kind(weights: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:

@@ -59,7 +59,7 @@ register(
         summary="S-M-FAC: natural gradient over a window of top-k compressed gradients with error feedback",
         paper=_EFCP,
         # Of the mean, which the rows span, curvature turns more than of a gradient; see scripts/bench_quality.py.
-        defaults={**_SMALL, "precondition": "momentum", "damping_warmup": 20},
+        defaults={**_SMALL, "precondition": "momentum", "damping_warmup": 50},
         fixed={"compression": "topk"},
         without=("rank",),
         presets={"paper": {**_FULL, **_PUBLISHED_MFAC, "density": 0.01}},

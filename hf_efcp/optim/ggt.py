@@ -125,7 +125,10 @@ class GGT(WindowOptimizer):
                 segment.window.combine(one.expand(segment.n_systems, -1), newest.zero_())
                 gradient = newest
             share = torch.where(accept.to(segment.device), 1 - self.defaults["beta1"], 0.0)
-            averages.append(segment.moments["average"].lerp_(gradient, share.to(gradient.dtype)))
+            stored = segment.moments["average"]
+            average = stored.float().lerp_(gradient, share.to(gradient.dtype))  # its own memory where that is float32
+            stored.copy_(average)
+            averages.append(average)
         return averages
 
     def _decay(self, row: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ class MFAC(WindowOptimizer):
         row j ← compress(residual + g), u as above, v ← momentum·v + u, p ← p(1 − lr·weight_decay) − lr·scale(v)
 
     With `"momentum"` it is the mean of gradients `x ← momentum·x + (1 − momentum)·g`, its start at zero corrected for,
-    and `v` is `u` itself. The mean lies largely in what the rows span, so there the curvature tells, where of a single
-    gradient it turns little: progress that all gradients agree on is slowed, and their differences are not.
+    and `v` is `u` itself. With `"adam"` it is made as long as `x`, so that the step is AdamW's where all gradients
+    agree, and divided by the root of Adam's second moment of `g`. The mean lies largely in what the rows span, so
+    there the curvature tells, where it turns a single gradient little.
 
     Every `scaling` but `"none"` sees `λu`, which is `x` where the window holds nothing, so that its length does not
     jump while the window fills; with `"adam"` and λ → ∞ the rule is AdamW. Clip gradients before the step as with any

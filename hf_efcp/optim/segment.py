@@ -106,6 +106,15 @@ class Segment:
         """A float32 copy of the gradients of all pieces, (layout.size,); a missing one counts as zero."""
         return self.layout.flatten(self.owned.gradients(), self.device)
 
+    def products(self, x: Tensor) -> Tensor:
+        """`G x` and `|x|²` of each system, (S, m + 1) float64, for a flat vector."""
+        if self.n_systems == 1:
+            squares = torch.linalg.vector_norm(x)[None]
+        else:
+            parts = self.layout.split(x)
+            squares = torch.stack(torch._foreach_norm(parts)) if parts else x.new_zeros(0)
+        return torch.cat([self.window.dots(x), squares.double().square()[:, None]], dim=1)
+
 
 class Segments:
     """The segments of a model and the m×m systems over them.

@@ -208,7 +208,7 @@ class SINGD(SingdLayers):
         others = {p: (p.grad, accept) for p in stepped if p not in moved}
         for group in self.param_groups:
             params = [p for p in group["params"] if moved.get(p) is not None]
-            move_(params, [moved[p] for p in params], group["lr"], group["weight_decay"], accept)
+            move_(params, [moved[p] for p in params], group, accept, self._count(params))
             self._step_adam(adams, group, group["lr"], accept)
             self._step_adam(others, group, group["lr"] * self._fallback_ratio(), accept)
         for p in stepped:
@@ -283,7 +283,11 @@ class SINGD(SingdLayers):
             # The count is the host's: filled in, not copied, for which the host would wait.
             count = torch.full((), int(self.state[p]["adam_step"]), dtype=torch.int64, device=p.device)
             updates.append(adam_direction(self.state[p], gradients[p][0], count, gradients[p][1].to(p.device), **rules))
-        move_(single, updates, lr, group["weight_decay"], accept)
+        move_(single, updates, group, accept, self._count(single), lr=lr)
+
+    def _count(self, params: list[Tensor]) -> int:
+        """Steps that the first of the parameters has taken, on the host: what the rounding of weights is drawn by."""
+        return int(self.state[params[0]]["step"]) if params else 0
 
 
 def _in_full_precision(device_type: str) -> AbstractContextManager:

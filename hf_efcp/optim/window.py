@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efcp.curvature.solvers import cancels
+from hf_efcp.curvature.solvers import cancels, length_ratio
 from hf_efcp.ops import take_row
 from hf_efcp.optim.apply import apply_
 from hf_efcp.optim.base import EfcpOptimizer, fill_, flat_parameters
@@ -182,7 +182,8 @@ class WindowOptimizer(EfcpOptimizer):
             self._recorded.precondition(updates)
         accept = self._finite(updates, accept, shared, segments.group)
         if not self._rejects(accept):
-            updates = self._scaled(updates, segments, shared, accept)
+            self._zero_unless_(accept, updates)
+            scale_(updates, segments, self.defaults, self._momentum, shared["step"], accept)
             if self.record_metrics:
                 self._recorded.update(updates, segments)
             apply_(self.param_groups, updates, segments, accept, shared["step"])
@@ -226,16 +227,21 @@ class WindowOptimizer(EfcpOptimizer):
         gram.index_copy_(2, row[None], newest[:, :, None])
         self._follow_gram(shared, row, change)
         targets = self._targets(segments, gradients, scratch, shared["step"], accept)
-        dots = None
+        dots = squares = None
         if targets is not None:
-            dots = segments.gather([s.window.dots(x) for s, x in zip(segments, targets, strict=True)], device)
+            dots = segments.gather([s.products(x) for s, x in zip(segments, targets, strict=True)], device)
+            dots, squares = dots[:, :-1], dots[:, -1]
         coefficients, weight = self._solve(shared, gram, row, dots)
+        if self._keeps_length:
+            weight = length_ratio(gram, coefficients, dots, squares)
+            coefficients = coefficients * weight[:, None]
         # Beyond 50, a sum in float32 would lose 1e-5 of the update; elsewhere than on the CPU the host cannot look.
         if not (self._reads(accept) and cancels(gram, coefficients, row, 50)):
             coefficients = coefficients.float()
         own: list[Any] = [None] * len(segments)
-        if targets is not None:  # every scaling sees x itself
-            own = segments.scatter(weight) if self.defaults["scaling"] == "none" else [1.0] * len(segments)
+        if targets is not None:  # other scalings see x itself
+            scales = self.defaults["scaling"] == "none" or self._keeps_length
+            own = segments.scatter(weight) if scales else [1.0] * len(segments)
         outs = scratch if targets is None else self._own(targets, gradients, scratch)
         return [Combination(*parts) for parts in zip(segments, segments.scatter(coefficients), own, outs, strict=True)]
 
@@ -247,6 +253,11 @@ class WindowOptimizer(EfcpOptimizer):
     def _keeps_gradient(self) -> bool:
         """Whether it is preconditioned, or its mean is; without compression the gradient is the newest row."""
         return self.defaults["precondition"] != "compressed" and self.defaults["compression"] != "none"
+
+    @property
+    def _keeps_length(self) -> bool:
+        """Whether the update is as long as the mean: where all gradients agree, Adam's step is left as it is."""
+        return self.defaults["precondition"] == "momentum" and self.defaults["scaling"] == "adam"
 
     def _targets(
         self, segments: Segments, gradients: list[Tensor], scratch: list[Tensor], taken: Tensor, accept: Tensor
@@ -264,14 +275,6 @@ class WindowOptimizer(EfcpOptimizer):
         finite = group.all_(torch.stack([update.sum().isfinite().to(accept.device) for update in updates]).all())
         shared["skipped"] += accept & ~finite
         return accept & finite
-
-    def _scaled(
-        self, updates: list[Tensor], segments: Segments, shared: dict[str, Tensor], accept: Tensor
-    ) -> list[Tensor]:
-        """Momentum and scaling: the updates as they are applied. Zero where the step is not accepted."""
-        self._zero_unless_(accept, updates)
-        scale_(updates, segments, self.defaults, self._momentum, shared["step"], accept)
-        return updates
 
     def _condition(self, eigenvalues: Tensor) -> Tensor:
         """Condition numbers of the systems that `_solve` solves, from the (…, m) eigenvalues of `GGᵀ`, ascending."""

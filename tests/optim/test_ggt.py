@@ -162,3 +162,14 @@ def test_old_eigenvectors_resume_to_the_bit(system):
         assert optimizer.state[params[0]]["basis_age"] == len(steps)
         ends.append(torch.cat([p.detach().view(-1) for p in params]))
     assert torch.equal(*ends)
+
+
+def test_averages_in_bfloat16_follow_those_in_float32():
+    weights = {}
+    for dtype in ("float32", "bfloat16"):
+        weights[dtype] = torch.nn.Parameter(torch.zeros(40))
+        optimizer = GGT([weights[dtype]], lr=0.01, beta1=0.9, moment_dtype=dtype, block_size=8, density=0.5)
+        for step in range(20):
+            weights[dtype].grad = torch.randn(40, generator=torch.Generator().manual_seed(step)) + 1
+            optimizer.step()
+    torch.testing.assert_close(weights["bfloat16"], weights["float32"], rtol=0, atol=0.02)  # of 0.2, at 8 bits
