@@ -16,6 +16,9 @@ def entries(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+RATES = {"sgd": 1.0, "sketchy_adagrad": 0.5, "efcp_mfac": 0.06}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "optim", ["adamw_torch", "sgd", "adafactor", "efcp_mfac", "efcp_ggt", "sketchy_shampoo", "sketchy_adagrad"]
@@ -25,7 +28,7 @@ def test_any_optimizer(optim, dtype, tmp_path):
     trainer = oracle.make_trainer(
         tmp_path, oracle.Net(0.1, dtype=dtype), oracle.examples(dtype=dtype), optim=optim, sparsity=0.6,
         sparse_args={"interval": 3, "stop": 1.0}, max_grad_norm=1.0, gradient_accumulation_steps=2,
-        num_train_epochs=8, learning_rate={"sgd": 1.0, "sketchy_adagrad": 0.5}.get(optim, 0.03), **AGENT,
+        num_train_epochs=8, learning_rate=RATES.get(optim, 0.03), **AGENT,
     )  # fmt: skip
     trainer.train()
     logged = entries(trainer)
