@@ -68,7 +68,8 @@ class Segment:
         self.layout = Layout(self.owned.shapes(), block_size, group, in_units=sharing.kind == "sharded")
         numbers = range(len(self.params)) if numbers is None else numbers
         self.numbers = [numbers[piece.number] for piece in self.owned.pieces]
-        self.n_systems = len(self.numbers) if options["system"] == "layer" else 1
+        self._per_parameter = options["system"] == "layer"
+        self.n_systems = len(self.numbers) if self._per_parameter else 1
         self.window = make_window(self.layout, options, self.device)
         dtype = DTYPES[options["moment_dtype"]]
         self.moments = {name: self.layout.zeros(dtype, self.device) for name in moments}
@@ -107,13 +108,20 @@ class Segment:
         return self.layout.flatten(self.owned.gradients(), self.device)
 
     def products(self, x: Tensor) -> Tensor:
-        """`G x` and `|x|²` of each system, (S, m + 1) float64, for a flat vector."""
-        if self.n_systems == 1:
-            squares = torch.linalg.vector_norm(x)[None]
+        """`G x` and `|x|²` of each system, (S, m + 1) float64, for a flat vector.
+
+        Lengths are taken by block, or by parameter where there are no blocks, and summed in float64, so that neither
+        the order of parameters nor the number of ranks matters.
+        """
+        layout = self.layout
+        if layout.block_size > 1:
+            squares = torch.linalg.vector_norm(x.view(-1, layout.block_size), dim=1).double().square()
+            parts = [squares[blocks.start : blocks.stop].sum() for blocks in layout.blocks]
         else:
-            parts = self.layout.split(x)
-            squares = torch.stack(torch._foreach_norm(parts)) if parts else x.new_zeros(0)
-        return torch.cat([self.window.dots(x), squares.double().square()[:, None]], dim=1)
+            parts = [length.double().square() for length in torch._foreach_norm(layout.split(x))] if len(x) else []
+        by_part = torch.stack(parts) if parts else x.new_zeros(0, dtype=torch.float64)
+        squares = by_part if self._per_parameter else by_part.sum()[None]
+        return torch.cat([self.window.dots(x), squares[:, None]], dim=1)
 
 
 class Segments:
