@@ -14,8 +14,13 @@ from torch import nn
 
 @pytest.fixture(autouse=True)
 def forget():
-    """accelerate's state is one for the process."""
+    """accelerate's state is one for the process, and a Trainer of another test may have left some."""
+    reset()
     yield
+    reset()
+
+
+def reset():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
