@@ -58,7 +58,7 @@ SCRIPTS = {
     "run_ner": (
         "token-classification/run_ner.py", "bert",
         ["--dataset_name", DATA / "wnut17", "--max_train_samples", 320, "--max_eval_samples", 32, "--max_steps", 20],
-        "eval_accuracy", 1.3,
+        "eval_accuracy", 1.5,
     ),
 }  # fmt: skip
 
