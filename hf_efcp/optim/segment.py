@@ -118,7 +118,7 @@ class Segment:
             squares = torch.linalg.vector_norm(x.view(-1, layout.block_size), dim=1).double().square()
             parts = [squares[blocks.start : blocks.stop].sum() for blocks in layout.blocks]
         else:
-            parts = [length.double().square() for length in torch._foreach_norm(layout.split(x))] if len(x) else []
+            parts = [torch.linalg.vector_norm(part).double().square() for part in layout.split(x)]
         by_part = torch.stack(parts) if parts else x.new_zeros(0, dtype=torch.float64)
         squares = by_part if self._per_parameter else by_part.sum()[None]
         return torch.cat([self.window.dots(x), squares[:, None]], dim=1)
