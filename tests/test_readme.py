@@ -124,7 +124,8 @@ def test_shell(command, tmp_path):
         assert re.search(r"^adamw_torch +[0-9.]+ .*\nefcp_mfac +[0-9.]+ ", done.stdout, re.MULTILINE)
         assert (tmp_path / "out" / "compare" / "compare.html").is_file()
         return
-    printed = re.findall(r"trained by (.*)", done.stdout)
+    # Two processes may print between each other's line and its end.
+    printed = re.findall(r"trained by (.*?)(?=trained by|$)", done.stdout, re.MULTILINE)
     assert len(printed) == (2 if "nproc_per_node 2" in command else 1)
     name = "Signum" if "signum" in command else "MFAC"
     assert all(f"'{name}'" in line for line in printed)
