@@ -114,6 +114,7 @@ def test_shell(command, tmp_path):
     (tmp_path / "train_no_trainer.py").write_text(TRAIN_NO_TRAINER)
     environment = {
         **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",  # two processes share a pipe: whole writes do not mix, parts of a buffer would
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     done = subprocess.run(
