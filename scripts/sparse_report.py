@@ -11,10 +11,11 @@ LABELS = {
     "rigl": "RigL",
     "agent": "RigL + AGENT",
     "spared": "RigL + AGENT, grown weights spared",
+    "bold": "RigL + AGENT, γ = 1, grown weights spared",
     "longer": "RigL, for AGENT's compute",
 }
-COLORS = {"rigl": "tab:blue", "agent": "tab:orange", "spared": "tab:red", "longer": "tab:green"}
-CORRECTED = ("agent", "spared")
+COLORS = {"rigl": "tab:blue", "agent": "tab:orange", "spared": "tab:red", "bold": "tab:purple", "longer": "tab:green"}
+CORRECTED = ("agent", "spared", "bold")
 Run = dict[str, Any]
 
 

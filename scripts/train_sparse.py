@@ -8,7 +8,8 @@ A fixed subset, images halved to 16×16, so a run takes a minute or a few on one
 of `--file`, which is kept with the code; one that stands there is not run again. Compute is counted in forward passes
 over a batch, a backward pass as two: RigL takes 3 for a batch, AGENT 6, and for the full gradient and the losses at the
 old snapshot 4 more from the second epoch on. `longer` is RigL trained for as many passes as AGENT took, its schedules
-stretched alike. `spared` is AGENT that leaves weights alone which are 0 at the snapshot (`correct_grown=False`).
+stretched alike. `spared` is AGENT that leaves weights alone which are 0 at the snapshot (`correct_grown=False`), `bold`
+does so with γ = 1 in place of the published 0.1.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from hf_efcp.train import EfcpTrainer, EfcpTrainingArguments
 from hf_efcp.train.random_state import preserved_random_state
 from hf_efcp.train.run_record import hardware
 
-ARMS = ("rigl", "agent", "spared", "longer")
-CORRECTED = ("agent", "spared")
+CORRECTED = {"agent": {}, "spared": {"correct_grown": False}, "bold": {"correct_grown": False, "gamma": 1.0}}
+ARMS = ("rigl", *CORRECTED, "longer")
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "scripts" / "results" / "sparse.jsonl"
 PICTURE = REPOSITORY / "scripts" / "figures" / "sparse.png"
@@ -160,7 +161,7 @@ def run(arm: str, sparsity: float, seed: int, epochs: int, data: tuple[list, lis
         dataloader_pin_memory=False, logging_strategy="epoch", sparsity=sparsity, sparse_method="rigl",
         sparse_args={"interval": INTERVAL * trained // epochs},
         gradient_correction="agent" if arm in CORRECTED else None,
-        correction_args={"correct_grown": False} if arm == "spared" else None,
+        correction_args=CORRECTED.get(arm) or None,
     )  # fmt: skip
     sgd = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
     trainer = EfcpTrainer(
