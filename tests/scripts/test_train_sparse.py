@@ -40,7 +40,7 @@ def test_the_table_says_when_an_accuracy_is_reached():
 
 
 def test_runs_go_on_where_they_ended(tmp_path, monkeypatch, capsys):
-    """Four tiny runs, then none again; the corrected one measured its noise, and the long one took its passes."""
+    """Five tiny runs, then none again; the corrected one measured its noise, and the long one took its passes."""
 
     def load(data, split, count):
         pixels = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -55,8 +55,8 @@ def test_runs_go_on_where_they_ended(tmp_path, monkeypatch, capsys):
     train_sparse.main([*words, "--arms", "agent", "longer", "spared"])
     train_sparse.main(words)
     runs = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [run["arm"] for run in runs] == ["agent", "spared", "longer", "rigl"]
-    agent, spared, longer, _ = runs
+    assert [run["arm"] for run in runs] == ["agent", "spared", "longer", "rigl", "bold"]
+    agent, spared, longer, *_ = runs
     assert longer["epochs"] == round(agent["passes"] / (3 * 4)) == 4
     assert all(run["density"] == pytest.approx(0.1, abs=1e-4) for run in runs)
     assert all(len(run["accuracy"]) == run["epochs"] for run in runs)
