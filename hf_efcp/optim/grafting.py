@@ -22,14 +22,20 @@ from hf_efcp.optim.partition import Slices, without_zeros
 UPDATE_RMS = 0.25  # root mean square of the step with grafting="rms"; about that of Adam
 
 
-def graft_state(kind: str, parameter: Tensor) -> dict[str, Tensor]:
-    """New tensors of what a graft remembers of a parameter, float32, or float64 where that is."""
+def graft_state(kind: str, parameter: Tensor, prefix: str = "") -> dict[str, Tensor]:
+    """New tensors of what a graft remembers of a parameter, float32, or float64 where that is.
+
+    `prefix`: of their names.
+    """
     new = {"dtype": torch.promote_types(parameter.dtype, torch.float32), "device": parameter.device}
     if kind == "rmsprop" or (kind == "adafactor" and parameter.ndim < 2):
-        return {"mean_square": torch.zeros(parameter.shape, **new)}
+        return {f"{prefix}mean_square": torch.zeros(parameter.shape, **new)}
     if kind == "adafactor":
         *rest, rows, columns = parameter.shape
-        return {"row_square": torch.zeros(*rest, rows, **new), "column_square": torch.zeros(*rest, columns, **new)}
+        return {
+            f"{prefix}row_square": torch.zeros(*rest, rows, **new),
+            f"{prefix}column_square": torch.zeros(*rest, columns, **new),
+        }
     return {}
 
 
