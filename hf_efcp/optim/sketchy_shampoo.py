@@ -200,7 +200,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
             update_moments_(states, square, beta2, self._mask(accept), slices)
         if kind == "none" and count >= options["start_preconditioning_step"]:
             return directions
-        moments = Moments.of(states, slices, params[0].ndim)
+        moments = Moments.of(states, slices, params[0].shape)
         if count < options["start_preconditioning_step"]:
             return graft_step(kind, moments, gradients, correction)
         each = long_axes(tuple(params[0].shape), options["block_size"], options["max_dim"])
@@ -220,7 +220,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         update_moments_(states, square, beta2, self._mask(accept), slices)
         taken = count - options["start_preconditioning_step"] + 1
         correction = 1.0 if beta2 == 1 else 1 - beta2**taken
-        return graft_step("adafactor", Moments.of(states, slices, params[0].ndim), updates, correction)
+        return graft_step("adafactor", Moments.of(states, slices, params[0].shape), updates, correction)
 
     def _apply(
         self,

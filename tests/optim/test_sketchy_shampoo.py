@@ -166,6 +166,14 @@ def test_scaling_divides_a_step_by_what_its_rows_and_columns_were(shape):
         torch.testing.assert_close(change, u / mean.sqrt(), rtol=1e-9, atol=1e-12)
 
 
+def test_factored_squares_of_convolutions_are_few():
+    """As those of the matrix, though their last two axes are short."""
+    for shape in ((64, 32, 1, 1), (64, 32, 3, 3)):
+        sizes = [make(shape, grafting=kind, rank=1)[0].state_bytes() for kind in ("adafactor", "none")]
+        area = shape[2] * shape[3]
+        assert sizes[0] - sizes[1] == 4 * area * (64 + 32)
+
+
 def test_scaling_forgets_no_step_that_overflowed():
     weight = torch.nn.Parameter(torch.zeros(8, 6))
     optimizer = SketchyShampoo([weight], 1.0, rank=3, grafting="sgd", scaling="adafactor")
