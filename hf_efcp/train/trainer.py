@@ -145,22 +145,10 @@ class EfcpTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """See `Trainer.training_step`; in sparse training, corrected and masked."""
-        self._tell_loss_terms(num_items_in_batch)
+        _tell_loss_terms(self, num_items_in_batch)
         if self._sparse is None:
             return super().training_step(model, inputs, num_items_in_batch)
         return self._sparse.training_step(super().training_step, model, inputs, num_items_in_batch)
-
-    def _tell_loss_terms(self, count: Any) -> None:
-        """Let SINGD know of how many tokens or samples the step's loss is the mean, all micro-batches together.
-
-        Trainer counts them where the loss is divided by their number. What one process counts for itself is not the
-        number of all, whose rows SINGD sums: there each layer goes by its own count.
-        """
-        optimizer: Any = own_optimizer(self.optimizer)
-        is_of_all = self.args.average_tokens_across_devices or self.args.world_size == 1
-        if isinstance(count, (int, float)) or (isinstance(count, Tensor) and count.ndim == 0):
-            if is_of_all and hasattr(optimizer, "set_loss_terms"):
-                optimizer.set_loss_terms(count)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """See `Trainer.log`; entries of training gain the figures of sparse training."""
@@ -195,6 +183,19 @@ class EfcpTrainer(Trainer):
         elif self.is_world_process_zero():
             facts = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
             write_model_card(self._folder, self, **facts)
+
+
+def _tell_loss_terms(trainer: Trainer, count: Any) -> None:
+    """Let SINGD know of how many tokens or samples the step's loss is the mean, all micro-batches together.
+
+    Trainer counts them where the loss is divided by their number. What one process counts for itself is not the
+    number of all, whose rows SINGD sums: there each layer goes by its own count.
+    """
+    optimizer: Any = own_optimizer(trainer.optimizer)
+    is_number = isinstance(count, (int, float)) or (isinstance(count, Tensor) and count.ndim == 0)
+    is_of_all = trainer.args.average_tokens_across_devices or trainer.args.world_size == 1
+    if is_number and is_of_all and hasattr(optimizer, "set_loss_terms"):
+        optimizer.set_loss_terms(count)
 
 
 def _pushes(trainer: Trainer) -> list[Any]:
