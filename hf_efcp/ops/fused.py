@@ -29,6 +29,14 @@ class Rows(NamedTuple):
     own: Tensor | float | None
 
 
+class Vector(NamedTuple):
+    """A long vector where it lies: `flat`, or the pieces of a `table` as of `Weights`; times `factor`."""
+
+    flat: Tensor | None = None
+    table: Tensor | None = None
+    factor: float = 1.0
+
+
 class Moments(NamedTuple):
     """Momentum (`second` is `None`) or Adam's moments, flat float32 or bfloat16, and their decays.
 
@@ -61,13 +69,20 @@ class Weights(NamedTuple):
 
 
 def combine_step_for(tensor: Tensor) -> Callable[..., None] | None:
-    """`triton_step.combine_step_` where that serves this tensor; no other backend has its like."""
+    """`combine_step_` of Triton's or numba's backend where one of them serves this tensor; torch has none."""
     return getattr(backend_of(tensor), "combine_step_", None)
 
 
-def can_be_written(weight: Tensor) -> bool:
-    """Whether a kernel may write to it, given its address."""
-    return type(weight.data) is Tensor and weight.dtype in KINDS and weight.is_contiguous()
+def start_step_for(tensor: Tensor) -> Callable[..., Any] | None:
+    """`numba_step.start_step_` where that serves this tensor; no other backend has its like."""
+    return getattr(backend_of(tensor), "start_step_", None)
+
+
+def has_address(tensor: Tensor) -> bool:
+    """Whether a kernel may read it, or write to it, given its address. Numba has no float16."""
+    data = tensor.data
+    kinds = KINDS if start_step_for(data) is None else KINDS[:2]
+    return type(data) is Tensor and data.dtype in kinds and data.is_contiguous()
 
 
 def weight_table(

@@ -54,7 +54,7 @@ def _lower_bound(keys, k, slack, guess):
 
 
 @compiled()
-def _select(x, k, n_parts, guess, maxima, found, found_keys, chosen):
+def select(x, k, n_parts, guess, maxima, found, found_keys, chosen):
     """Write the indices of the `k` largest magnitudes of `x` to `chosen`, exactly.
 
     The block is read as `n_parts` parts of equal length; the entries at one place of each part form a group. A bound
@@ -113,7 +113,7 @@ def _select(x, k, n_parts, guess, maxima, found, found_keys, chosen):
 
 
 @compiled()
-def _read_sum(out, residual, grid, gradient):
+def read_sum(out, residual, grid, gradient):
     """`out = residual + gradient` for one block."""
     n = len(out)
     if grid is None:
@@ -134,7 +134,7 @@ def _level(x, step, zero):
 
 
 @compiled()
-def _write(residual, grid, x):
+def write(residual, grid, x):
     """`residual = x` for one block, rounded to its format."""
     if grid is None:
         for i in range(len(x)):
@@ -163,7 +163,7 @@ def accumulate_topk(start, stop, group, residual, grid, gradient, n_parts, indic
         group: blocks in a group.
         residual: (B, block_size) float32 or uint16, or (B, block_size/2) uint8 with `grid`; changed in place.
         grid: (B, 2) float32 or `None`.
-        n_parts: as in `_select`.
+        n_parts: as in `select`.
         indices: (B, k), written.
         values: (B, k) float32, uint16 or int8, written.
         scales: (B/group,) float32, written, or `None`.
@@ -175,22 +175,37 @@ def accumulate_topk(start, stop, group, residual, grid, gradient, n_parts, indic
     found, found_keys = np.empty(n + 1, np.int32), np.empty(n + 1, np.int32)
     guess = 0x3F800000
     for unit in range(start, stop):
-        scale = np.float32(1)
+        first = unit * group
         for member in range(group):
-            b = unit * group + member
-            _read_sum(sums[member], residual[b], None if grid is None else grid[b], gradient[b])
-            guess = _select(sums[member], k, n_parts, guess, maxima, found, found_keys, chosen[member])
-        if scales is not None:
-            scale = _largest(sums, chosen, k) / np.float32(127)
-            scales[unit] = scale
+            b = first + member
+            read_sum(sums[member], residual[b], None if grid is None else grid[b], gradient[b])
+            guess = select(sums[member], k, n_parts, guess, maxima, found, found_keys, chosen[member])
+        take(sums, chosen, indices[first : first + group], values[first : first + group], scales, unit)
         for member in range(group):
-            b = unit * group + member
-            x, taken = sums[member], chosen[member]
-            for j in range(k):
-                indices[b, j] = taken[j]
-                values[b, j] = rounded(x[taken[j]], scale, values)
-                x[taken[j]] -= as_float32(values[b, j]) * scale
-            _write(residual[b], None if grid is None else grid[b], x)
+            write(residual[first + member], None if grid is None else grid[first + member], sums[member])
+
+
+@compiled()
+def take(sums, chosen, indices, values, scales, unit):
+    """Move the chosen entries of a group of blocks to a row, in its format; the rounding error stays in `sums`.
+
+    Args:
+        sums: (group, n) float32.
+        chosen: (group, n + 1) int32, from `select`.
+        indices, values: (group, k), written.
+        scales: as in `accumulate_topk`; number `unit` is written.
+    """
+    k = indices.shape[1]
+    scale = np.float32(1)
+    if scales is not None:
+        scale = _largest(sums, chosen, k) / np.float32(127)
+        scales[unit] = scale
+    for member in range(len(sums)):
+        x, taken = sums[member], chosen[member]
+        for j in range(k):
+            indices[member, j] = taken[j]
+            values[member, j] = rounded(x[taken[j]], scale, values)
+            x[taken[j]] -= as_float32(values[member, j]) * scale
 
 
 @compiled()
@@ -204,7 +219,7 @@ def _largest(sums, chosen, k):
 
 
 @compiled(fastmath={"reassoc", "contract"})
-def _add_dots(out, block, indices, values, scales):
+def add_dots(out, block, indices, values, scales):
     """`out += G block` for one block, with (m, k) indices and values and (m,) scales or `None`."""
     for row in range(len(indices)):
         scale = np.float32(1) if scales is None else scales[row]
@@ -229,7 +244,7 @@ def window_dots(start, stop, piece, indices, values, scales, group, x, out):
     """
     for number in range(start, stop):
         for b in range(number * piece, min((number + 1) * piece, len(indices))):
-            _add_dots(out[number], x[b], indices[b], values[b], None if scales is None else scales[b // group])
+            add_dots(out[number], x[b], indices[b], values[b], None if scales is None else scales[b // group])
 
 
 @compiled()
@@ -241,7 +256,7 @@ def row_dots(start, stop, piece, indices, values, scales, group, row, block_size
             scale = np.float32(1) if scales is None else scales[b // group, row]
             for j in range(indices.shape[2]):
                 block[indices[b, row, j]] = as_float32(values[b, row, j]) * scale
-            _add_dots(out[number], block, indices[b], values[b], None if scales is None else scales[b // group])
+            add_dots(out[number], block, indices[b], values[b], None if scales is None else scales[b // group])
             for j in range(indices.shape[2]):
                 block[indices[b, row, j]] = np.float32(0)
 
@@ -249,11 +264,15 @@ def row_dots(start, stop, piece, indices, values, scales, group, row, block_size
 @compiled()
 def window_combine(start, stop, indices, values, scales, group, weights, out):
     """`torch_ops.window_combine_` for the blocks `start` to `stop`; `weights` (m,) of the dtype of `out`."""
-    _, window, k = indices.shape
     for b in range(start, stop):
-        block = out[b]
-        for row in range(window):
-            weight = weights[row]
-            scale = np.float32(1) if scales is None else scales[b // group, row]
-            for j in range(k):
-                block[indices[b, row, j]] += weight * (as_float32(values[b, row, j]) * scale)
+        add_rows(out[b], indices[b], values[b], None if scales is None else scales[b // group], weights)
+
+
+@compiled()
+def add_rows(block, indices, values, scales, weights):
+    """`block += Gᵀ weights` for one block; see `add_dots`."""
+    for row in range(len(indices)):
+        weight = weights[row]
+        scale = np.float32(1) if scales is None else scales[row]
+        for j in range(indices.shape[1]):
+            block[indices[row, j]] += weight * (as_float32(values[row, j]) * scale)

@@ -35,24 +35,34 @@ def adam(start, stop, update, first, second, seed, rates, corrections, eps):
 
 
 @compiled(fastmath={"contract"})
-def adam_mean(start, stop, gradient, first, second, seed, rates, correction):
-    """`torch_moments.adam_mean_` for the entries `start` to `stop`; `second` may be `None`, `correction` is 1 − β₁ᵗ."""
+def adam_mean(start, stop, gradient, first, second, seed, rates, factor):
+    """`torch_moments.adam_mean_` for the entries `start` to `stop`; `second` may be `None`, `factor` is 1/(1 − β₁ᵗ)."""
     rate1, rate2 = rates
-    one, factor = np.float32(1), np.float32(1) / correction
-    for i in range(start, stop):
-        g = gradient[i]
-        if second is not None:
-            square = as_float32(second[i])
-            second[i] = rounded_at_random(square + rate2 * (g * g - square), seed, second)
-        mean = as_float32(first[i])
-        mean += rate1 * (g - mean)
-        first[i] = rounded(mean, one, first)
-        gradient[i] = mean * factor
+    one, parts = np.float32(1), (gradient[start:stop], first[start:stop])
+    x, m = parts
+    if second is not None:
+        v = second[start:stop]
+        for i in range(len(x)):
+            square = as_float32(v[i])
+            v[i] = rounded_at_random(square + rate2 * (x[i] * x[i] - square), seed, v)
+    for i in range(len(x)):
+        mean = as_float32(m[i])
+        m[i] = rounded(mean + rate1 * (x[i] - mean), one, m)
+        x[i] = as_float32(m[i]) * factor
 
 
 @compiled(fastmath={"contract"})
 def adam_direction(start, stop, update, second, correction, eps):
     """`torch_moments.adam_direction_` for the entries `start` to `stop`; `correction` is 1 − β₂ᵗ."""
     factor = np.float32(1) / correction
-    for i in range(start, stop):
-        update[i] /= np.sqrt(as_float32(second[i]) * factor) + eps
+    u, v = update[start:stop], second[start:stop]
+    for i in range(len(u)):
+        u[i] /= np.sqrt(as_float32(v[i]) * factor) + eps
+
+
+@compiled()
+def heavy_ball(update, buffer, momentum):
+    """`v ← momentum·v + u` for (n,) entries of `v`, float32 or uint16; the update becomes `v`, rounded as in torch."""
+    for i in range(len(update)):
+        update[i] += as_float32(buffer[i]) * momentum
+        buffer[i] = rounded(update[i], np.float32(1), buffer)

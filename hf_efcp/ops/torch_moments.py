@@ -59,22 +59,22 @@ def adam_mean_(
     """Take a gradient into Adam's moments, and replace it by the mean without its start at zero, `m/(1 − β₁ᵗ)`.
 
     With `adam_direction_`, what is preconditioned may be the mean: together, without a preconditioner, they are
-    `adam_`, but that the second moment is read as it is stored.
+    `adam_`, but that both moments are read as they are stored: a step need not hold the mean besides.
 
     Args:
         gradient: (n,) float32, changed in place and returned.
         first, second, step, accept: as in `adam_`; `second` may be missing. Where `accept` is false, moments stay.
     """
     size = entries_per_pass(gradient.device, _CHUNK)
-    correction = (1 - beta1 ** step.double()).float()
+    factor = (1 / (1 - beta1 ** step.double())).float()
     squares = [None] * -(-len(gradient) // size) if second is None else second.split(size)
     for g, m, v in zip(gradient.split(size), first.split(size), squares, strict=True):
         if v is not None:
             square = v.float().lerp(g.square(), 1 - beta2)
             v.copy_(torch.where(accept, _rounded(square, v.dtype, step), v.float()))
-        mean = m.float().lerp(g, 1 - beta1)
-        m.copy_(torch.where(accept, mean, m.float()))
-        torch.div(mean, correction, out=g)
+        mean = m.float().lerp(g, 1 - beta1).to(m.dtype)
+        m.copy_(torch.where(accept, mean, m))
+        torch.mul(mean.float(), factor, out=g)
     return gradient
 
 

@@ -258,6 +258,11 @@ def _accept_csr() -> None:
         torch.zeros(1, 1).to_sparse_csr()
 
 
+def block_squares(x: Tensor) -> Tensor:
+    """(B,) float64 sums of squares of the blocks of `x`, (B, block_size) float32."""
+    return torch.linalg.vector_norm(x, dim=1).double().square()
+
+
 def window_combine_(
     out: Tensor, indices: Tensor, values: Tensor, coefficients: Tensor, scales: Tensor | None = None
 ) -> Tensor:

@@ -100,7 +100,7 @@ def adam_mean(
     gradient_ptr,
     first_ptr,
     second_ptr,
-    corrections_ptr,
+    factor_ptr,
     step_ptr,
     accept_ptr,
     n,
@@ -109,7 +109,7 @@ def adam_mean(
     HAS_SECOND: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """`torch_moments.adam_mean_` for `SIZE` entries a program; `corrections` has `1 − β₁ᵗ`, float32."""
+    """`torch_moments.adam_mean_` for `SIZE` entries a program; `factor` is `1/(1 − β₁ᵗ)`, float32."""
     start = tl.program_id(0).to(tl.int64) * SIZE
     i = tl.arange(0, SIZE)
     left = n - start
@@ -117,15 +117,15 @@ def adam_mean(
     kept = i < left * tl.load(accept_ptr).to(tl.int32)
     g = tl.load(gradient_ptr + start + i, mask=mask, other=0.0)
     mean = float32(tl.load(first_ptr + start + i, mask=mask, other=0.0))
-    mean += rate1 * (g - mean)
-    tl.store(first_ptr + start + i, rounded(mean, first_ptr.dtype.element_ty), mask=kept)
+    stored = rounded(mean + rate1 * (g - mean), first_ptr.dtype.element_ty)
+    tl.store(first_ptr + start + i, stored, mask=kept)
     if HAS_SECOND:
         square = float32(tl.load(second_ptr + start + i, mask=mask, other=0.0))
         square += rate2 * (g * g - square)
         if second_ptr.dtype.element_ty == tl.bfloat16:
             square = at_random(square, tl.load(step_ptr))
         tl.store(second_ptr + start + i, rounded(square, second_ptr.dtype.element_ty), mask=kept)
-    tl.store(gradient_ptr + start + i, tl.div_rn(mean, tl.load(corrections_ptr)), mask=mask)
+    tl.store(gradient_ptr + start + i, float32(stored) * tl.load(factor_ptr), mask=mask)
 
 
 @triton.jit
@@ -155,10 +155,10 @@ def adam_mean_(
     """See `torch_moments.adam_mean_`."""
     if not gradient.numel():
         return gradient
-    correction = (1 - beta1 ** step.double()).float()
+    factor = (1 / (1 - beta1 ** step.double())).float()
     with torch.cuda.device_of(gradient):
         adam_mean[(triton.cdiv(gradient.numel(), _PER_PROGRAM),)](
-            *(gradient, first, first if second is None else second, correction, step, accept.view(torch.uint8)),
+            *(gradient, first, first if second is None else second, factor, step, accept.view(torch.uint8)),
             *(gradient.numel(), 1 - beta1, 1 - beta2),
             HAS_SECOND=second is not None,
             SIZE=_PER_PROGRAM,

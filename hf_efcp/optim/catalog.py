@@ -36,10 +36,7 @@ _PUBLISHED_SHAMPOO = {
     "beta2_per_step": False,
     "sketch_update": "exact",
     "grafting": "rmsprop",
-    "scaling": "none",
     "momentum": 0.9,
-    "ema": False,
-    "momentum_dtype": "float32",
 }
 
 _PUBLISHED_SINGD = {
@@ -145,15 +142,7 @@ register(
         cls=SketchyShampoo,
         summary="S-Shampoo: Shampoo with a frequent-directions sketch of each axis",
         paper=_SKETCHY,
-        defaults={
-            "rank": 32,
-            "update_freq": 10,
-            "sketch_update": "subspace",
-            "scaling": "adafactor",
-            "momentum": 0.9,
-            "ema": True,
-            "momentum_dtype": "bfloat16",
-        },
+        defaults={"rank": 32, "update_freq": 10, "sketch_update": "subspace"},
         presets={"paper": _PUBLISHED_SHAMPOO},
     )
 )

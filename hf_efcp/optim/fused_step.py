@@ -1,4 +1,4 @@
-"""The end of a window optimizer's step in one launch a device, where its backend has a kernel for it."""
+"""A window optimizer's step in one pass a device to its rows and one from them, where its backend has kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_efcp import ops
 from hf_efcp.curvature.window import BlockTopKWindow
-from hf_efcp.optim.combination import Combination
+from hf_efcp.optim.combination import Combination, Pushed
 from hf_efcp.optim.scaling import model_factor, parameter_factors
 from hf_efcp.optim.segment import Segment, Segments
 
@@ -21,7 +21,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 class FusedStep:
-    """Sum, momentum or moments, length and weights of a step, as `scaling` and `apply` have them.
+    """Sum, momentum or moments, length and weights of a step, as `scaling` and `apply` have them; and what is before.
 
     With `scaling` `"rms"` and `"layer_rms"` there are two launches, as a length is known when all has been summed.
     An update counts as finite if `Σ|cᵢ|·|gᵢ| + |s|·max|x|`, which bounds its entries, is a float32: the pass that
@@ -43,6 +43,50 @@ class FusedStep:
         group_of = {p: n for n, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         return all(part.has_table(group_of) for part in self._parts)
 
+    def gradients(self, flag: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """For each segment the pieces of its blocks and a table of their gradients, where `start` serves all of them.
+
+        It takes gradients where they lie: a step then holds no copy of them. `flag` is any of the model's, which the
+        host must be able to read.
+        """
+        optimizer = self._optimizer
+        averages = optimizer.defaults.get("beta1")  # GGT's own average of what is preconditioned
+        if (
+            averages
+            or not optimizer._reads(flag)
+            or optimizer.defaults["system"] == "layer"
+            or self.segments.sharing.kind == "sharded"
+        ):
+            return None
+        tables = [part.gradients() if part.has_kernel() else None for part in self._parts]
+        found = [table for table in tables if table is not None]
+        return found if len(found) == len(tables) else None
+
+    def start(self, row: Tensor, step: Tensor, gradients: list[tuple[Tensor, Tensor]]) -> Pushed:
+        """Push `gradients()` into row `row`, take them into moments, and multiply.
+
+        Args:
+            row: () int64.
+            step: () int64, steps taken, this one included.
+        """
+        pushed, keeps = Pushed([], [], [], []), self._optimizer._keeps_gradient
+        for part, table in zip(self._parts, gradients, strict=True):
+            newest, products, source = part.start(row, step, table, self._mean(part.segment), keeps)
+            pushed.newest.append(newest)
+            pushed.outs.append(None)
+            pushed.sources.append(source)
+            if products is not None:
+                pushed.products.append(products)
+        return pushed if pushed.products else pushed._replace(products=None)
+
+    def _mean(self, segment: Segment) -> ops.Moments | None:
+        """Moments that take the gradient before it is preconditioned."""
+        options, moments = self._optimizer.defaults, segment.moments
+        if options["precondition"] != "momentum" or "exp_avg" not in moments:
+            return None
+        rates = self._optimizer._momentum, options["adam_beta2"]
+        return ops.Moments(moments["exp_avg"], moments.get("exp_avg_sq"), *rates)
+
     def finish_(self, sums: list[Combination], shared: dict[str, Tensor], accept: Tensor) -> None:
         """Move the weights by what `sums` stand for; their `out`s are lost.
 
@@ -60,7 +104,7 @@ class FusedStep:
         if optimizer.defaults["scaling"] in ("rms", "layer_rms"):
             squares = [self._combine_(part, c, at, squares=part.squares(), store=True) for part, c in pairs]
             for (part, c), factors in zip(pairs, self._factors(squares), strict=True):
-                part.launch(c.out, *at, factors=factors, weights=self._weights(part), store=bool(recorded))
+                part.launch(c, *at, factors=factors, weights=self._weights(part), store=bool(recorded))
         else:
             for part, c in pairs:
                 self._combine_(part, c, at, weights=self._weights(part), store=bool(recorded))
@@ -89,7 +133,7 @@ class FusedStep:
                 rows = c.rows()
             else:  # terms that cancel, and a host that has looked
                 c.sum_()
-        part.launch(c.out, *at, rows=rows, moments=self._moments(part.segment), squares=squares, **arguments)
+        part.launch(c, *at, rows=rows, moments=self._moments(part.segment), squares=squares, **arguments)
         return squares
 
     def _moments(self, segment: Segment) -> ops.Moments | None:
@@ -119,12 +163,19 @@ class _Part:
 
     def __init__(self, segment: Segment):
         self.segment = segment
-        self._counts: Tensor | None = None  # blocks of each piece
-        self._pieces: Tensor | None = None  # of each block
+        self._places: tuple[Tensor, Tensor] | None = None
         self._key: Any = None
         self._table: Tensor | None = None
         self._dtypes: frozenset[torch.dtype] = frozenset()
         self._rates: tuple[Any, Tensor | None] = (None, None)
+
+    def _lie(self) -> tuple[Tensor, Tensor]:
+        """How many blocks each piece has, int64, and of which piece each block is, int32; made at the first use."""
+        if self._places is None:
+            counts = torch.tensor([len(blocks) for blocks in self.segment.layout.blocks], dtype=torch.int64)
+            pieces = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), counts)
+            self._places = counts.to(self.segment.device), pieces.to(self.segment.device)
+        return self._places
 
     def has_kernel(self) -> bool:
         """Whether a kernel knows its rows, on its weights' device."""
@@ -138,23 +189,59 @@ class _Part:
         params, weights = [segment.params[piece.number] for piece in segment.owned.pieces], segment.owned.weights()
         groups = [group_of[p] if p.grad is not None else -1 for p in params]
         key = [(weight.data_ptr(), group) for weight, group in zip(weights, groups, strict=True)]
-        if self._pieces is None:
-            counts = torch.tensor([len(blocks) for blocks in segment.layout.blocks], dtype=torch.int64)
-            pieces = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), counts)
-            self._counts, self._pieces = counts.to(segment.device), pieces.to(segment.device)
         if key != self._key:
             self._key, self._table = key, None
-            if all(ops.can_be_written(weight) for weight in weights):
+            if all(ops.has_address(w) and p.is_contiguous() for w, p in zip(weights, params, strict=True)):
                 moved = [w if group >= 0 else None for w, group in zip(weights, groups, strict=True)]
                 self._dtypes = frozenset(w.dtype for w in moved if w is not None)
                 self._table = ops.weight_table(moved, segment.layout.blocks, groups, segment.device)
         return self._table is not None
 
+    def gradients(self) -> tuple[Tensor, Tensor] | None:
+        """Pieces of the blocks and the table of their gradients, if a kernel takes them."""
+        grads = self.segment.owned.gradients()
+        if ops.start_step_for(self.segment.window.values) is None:
+            return None
+        if not all(g is None or ops.has_address(g) for g in grads):
+            return None
+        blocks = self.segment.layout.blocks
+        return self._lie()[1], ops.weight_table(grads, blocks, [0] * len(grads), self.segment.device)
+
+    def start(
+        self, row: Tensor, step: Tensor, gradients: tuple[Tensor, Tensor], mean: ops.Moments | None, keeps: bool
+    ) -> tuple[Tensor, Tensor | None, ops.Vector | None]:
+        """`start_step_` over the whole segment.
+
+        Args:
+            mean: moments that take the gradient first.
+            keeps: whether their mean, or the gradient, is preconditioned.
+
+        Returns:
+            As `Pushed` has them: the newest row's products, those of x, and x.
+        """
+        window: BlockTopKWindow = self.segment.window
+        newest, dots, squares = ops.start_step_for(window.values)(
+            *(window.indices, window.values, row, window.residual, gradients, step),
+            block_size=self.segment.layout.block_size,
+            scales=window.scales,
+            grid=window.grid,
+            moments=mean,
+            keeps=keeps,
+        )
+        if not keeps:
+            return newest[None], None, None
+        parts = [squares[blocks.start : blocks.stop].sum() for blocks in self.segment.layout.blocks]
+        length = torch.stack(parts).sum() if parts else dots.new_zeros(())
+        source = ops.Vector(table=gradients[1])
+        if mean is not None:
+            source = ops.Vector(flat=mean.first, factor=1 / (1 - mean.beta1 ** int(step)))
+        return newest[None], torch.cat([dots, length[None]])[None], source
+
     def weights(self, rates: tuple[tuple[float, float], ...], stochastic: bool) -> ops.Weights:
         """The table, with what each group does to its weights."""
         if self._rates[0] != rates:
             self._rates = rates, ops.from_host(rates, torch.float32, self.segment.device)
-        return ops.Weights(self._pieces, self._table, self._rates[1], self._dtypes, stochastic)
+        return ops.Weights(self._lie()[1], self._table, self._rates[1], self._dtypes, stochastic)
 
     def squares(self) -> Tensor:
         """(blocks,) float64 zeros."""
@@ -162,10 +249,15 @@ class _Part:
 
     def by_piece(self, squares: Tensor) -> Tensor:
         """(pieces,) sums, in one order, which atomic additions would not have."""
-        return torch.segment_reduce(squares, "sum", lengths=self._counts, unsafe=True, initial=0)
+        return torch.segment_reduce(squares, "sum", lengths=self._lie()[0], unsafe=True, initial=0)
 
-    def launch(self, out: Tensor, step: Tensor, accept: Tensor, **arguments: Any) -> None:
-        """`combine_step_` over the whole segment."""
-        blocks = out.view(-1, self.segment.layout.block_size)
+    def launch(self, c: Combination, step: Tensor, accept: Tensor, *, store: bool = False, **arguments: Any) -> None:
+        """`combine_step_` over the whole segment; x is in `c.out`, or with rows where its source says."""
+        size, block_size = self.segment.layout.size, self.segment.layout.block_size
+        if c.out is None:
+            arguments["source"] = c.source or ops.Vector()
+            c.out = ops.empty(size, self.segment.device) if store else None
+        out = c.coefficients.new_empty(0) if c.out is None else c.out
         on_device = step.to(out.device), accept.to(out.device)
-        ops.combine_step_for(self.segment.window.values)(blocks, *on_device, pieces=self._pieces, **arguments)
+        kernel = ops.combine_step_for(self.segment.window.values)
+        kernel(out.view(-1, block_size), *on_device, pieces=self._lie()[1], store=store, **arguments)

@@ -59,7 +59,7 @@ def model_factor(squares: list[Tensor], segments: Segments, target: float) -> Te
 def layer_rms_(updates: list[Tensor], segments: Segments, target: float) -> None:
     """Scale each parameter's part of the updates to a root mean square of `target`."""
     parts = [segment.layout.split(update) for update, segment in zip(updates, segments, strict=True)]
-    squares = [_norms(part, update).double().square() for part, update in zip(parts, updates, strict=True)]
+    squares = [_squares(part, update) for part, update in zip(parts, updates, strict=True)]
     for part, factors in zip(parts, parameter_factors(squares, segments, target), strict=True):
         if part:
             torch._foreach_mul_(part, list(factors.to(part[0].dtype).unbind()))
@@ -120,8 +120,9 @@ def by_root_(updates: list[Tensor], segments: Segments, step: Tensor, accept: Te
         ops.adam_direction_(update, segment.moments["exp_avg_sq"], *on_device, beta2=beta2)
 
 
-def _norms(parts: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(torch._foreach_norm(parts)) if parts else like.new_empty(0)
+def _squares(parts: list[Tensor], like: Tensor) -> Tensor:
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+    return torch.stack(norms).square() if norms else like.new_empty(0, dtype=torch.float64)
 
 
 def _chunks(segment: Segment, update: Tensor, *names: str) -> Iterator[tuple[Tensor, list[Tensor]]]:

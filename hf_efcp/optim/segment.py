@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_efcp import ops
 from hf_efcp.curvature.layout import Layout
 from hf_efcp.curvature.lowrank import LowRankWindow
 from hf_efcp.curvature.window import BlockTopKWindow, DenseWindow, GlobalTopKWindow, Window, scale_group
@@ -115,7 +116,7 @@ class Segment:
         """
         layout = self.layout
         if layout.block_size > 1:
-            squares = torch.linalg.vector_norm(x.view(-1, layout.block_size), dim=1).double().square()
+            squares = ops.block_squares(x.view(-1, layout.block_size))
             parts = [squares[blocks.start : blocks.stop].sum() for blocks in layout.blocks]
         else:
             parts = [torch.linalg.vector_norm(part).double().square() for part in layout.split(x)]

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from hf_efcp.curvature.solvers import cancels, length_ratio
 from hf_efcp.ops import take_row
+from hf_efcp.optim.acceptance import acceptable, finite
 from hf_efcp.optim.apply import apply_
 from hf_efcp.optim.base import EfcpOptimizer, fill_, flat_parameters
 from hf_efcp.optim.budget import fit_budget
-from hf_efcp.optim.combination import Combination
+from hf_efcp.optim.combination import Combination, Pushed
 from hf_efcp.optim.diagnostics import Recorded, basic_figures, shape_figures
 from hf_efcp.optim.fused_step import FusedStep
 from hf_efcp.optim.options import check_options
@@ -21,7 +22,7 @@ from hf_efcp.optim.scaling import average_, scale_
 from hf_efcp.optim.segment import Segments
 from hf_efcp.optim.window_options import check_combinations
 from hf_efcp.optim.window_state import filled_states, find_window_sharing, whole_states
-from hf_efcp.parallel import Group, check_replicas
+from hf_efcp.parallel import check_replicas
 
 
 class WindowOptimizer(EfcpOptimizer):
@@ -164,23 +165,33 @@ class WindowOptimizer(EfcpOptimizer):
     def _take_step(self) -> None:
         segments = self._current_segments()
         shared = self.state[self._parameters()[0]]
-        gradients = [segment.flat_gradient() for segment in segments]
-        accept = self._acceptable(gradients, shared, segments.group)
+        if self._fused is None or self._fused.segments is not segments:
+            self._fused = FusedStep(self, segments)
+        tables = self._fused.gradients(shared["skipped"])
+        gradients = [s.flat_gradient() for s in segments] if tables is None or self.record_metrics else []
+        ours = gradients or [g for s in segments for g in s.owned.gradients() if g is not None]
+        # What another rank owns may be broken here alone; then no rank steps.
+        seen = [p.grad for p in self._parameters() if p.grad is not None] if self._is_divided else ours
+        moves = any(group["lr"] for group in self.param_groups)
+        accept = acceptable(seen, ours, shared, segments.group, moves)
         if self.record_metrics:
             self._recorded = Recorded(gradients, accept.device, segments.group)
         if self._rejects(accept):
             return
-        sums = self._precondition(segments, shared, self._zero_unless_(accept, gradients), accept)
+        row = shared["step"] % self.defaults["window"]
+        if tables is None:
+            pushed = self._push(segments, self._zero_unless_(accept, gradients), row, shared["step"], accept)
+        else:
+            pushed = self._fused.start(row, shared["step"] + 1, tables)
+        sums = self._precondition(segments, shared, pushed, row, accept)
         shared["step"] += accept
-        if self._fused is None or self._fused.segments is not segments:
-            self._fused = FusedStep(self, segments)
         if self._fused.is_possible():
             self._fused.finish_(sums, shared, accept)
             return
         updates = [combination.sum_() for combination in sums]
         if self.record_metrics:
             self._recorded.precondition(updates)
-        accept = self._finite(updates, accept, shared, segments.group)
+        accept = finite(updates, accept, shared, segments.group)
         if not self._rejects(accept):
             self._zero_unless_(accept, updates)
             scale_(updates, segments, self.defaults, self._momentum, shared["step"], accept)
@@ -197,40 +208,36 @@ class WindowOptimizer(EfcpOptimizer):
                 torch.where(accept.to(vector.device), vector, vector.new_zeros(()), out=vector)
         return vectors
 
-    def _acceptable(self, gradients: list[Tensor], shared: dict[str, Tensor], group: Group) -> Tensor:
-        """() bool: the gradients are finite, and are not the zeros by which checkpointing materialises state."""
-        device = shared["step"].device
-        # What another rank owns may be broken here alone; then no rank steps.
-        seen = [p.grad for p in self._parameters() if p.grad is not None] if self._is_divided else gradients
-        sums = [gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)) for gradient in seen]
-        finite = group.all_(torch.stack([total.isfinite().to(device) for total in sums]).all())
-        shared["skipped"] += ~finite
-        if any(settings["lr"] for settings in self.param_groups):
-            return finite
-        return finite & group.any_(torch.stack([gradient.any().to(device) for gradient in gradients]).any())
-
-    def _precondition(
-        self, segments: Segments, shared: dict[str, Tensor], gradients: list[Tensor], accept: Tensor
-    ) -> list[Combination]:
-        device = accept.device
-        row = shared["step"] % self.defaults["window"]
+    def _push(self, segments: Segments, gradients: list[Tensor], row: Tensor, taken: Tensor, accept: Tensor) -> Pushed:
+        """Write the newest rows, and multiply with what is preconditioned. `taken` counts earlier steps."""
         scratch = [torch.empty_like(x) for x in gradients] if self._keeps_gradient else gradients
-        products = [
+        newest = [
             segment.window.push(gradient, row.to(segment.device), accept.to(segment.device), out)
             for segment, gradient, out in zip(segments, gradients, scratch, strict=True)
         ]
+        targets = self._targets(segments, gradients, scratch, taken, accept)
+        nowhere: list[Any] = [None] * len(segments)
+        if targets is None:
+            return Pushed(newest, None, scratch, nowhere)
+        products = [segment.products(x) for segment, x in zip(segments, targets, strict=True)]
+        return Pushed(newest, products, self._own(targets, gradients, scratch), nowhere)
+
+    def _precondition(
+        self, segments: Segments, shared: dict[str, Tensor], pushed: Pushed, row: Tensor, accept: Tensor
+    ) -> list[Combination]:
+        device = accept.device
         gram = shared["gram"].view(-1, *shared["gram"].shape[-2:])
         before = take_row(gram, 1, row)
-        newest = torch.where(accept, segments.gather(products, device), before)
+        newest = torch.where(accept, segments.gather(pushed.newest, device), before)
         change = newest - before
         gram.index_copy_(1, row[None], newest[:, None, :])
         gram.index_copy_(2, row[None], newest[:, :, None])
         self._follow_gram(shared, row, change)
-        targets = self._targets(segments, gradients, scratch, shared["step"], accept)
-        dots = squares = None
-        if targets is not None:
-            dots = segments.gather([s.products(x) for s, x in zip(segments, targets, strict=True)], device)
+        dots = squares = length = None
+        if pushed.products is not None:
+            dots = segments.gather(pushed.products, device)
             dots, squares = dots[:, :-1], dots[:, -1]
+            length = squares.sum().sqrt()
         coefficients, weight = self._solve(shared, gram, row, dots)
         if self._keeps_length:
             weight = length_ratio(gram, coefficients, dots, squares)
@@ -239,11 +246,11 @@ class WindowOptimizer(EfcpOptimizer):
         if not (self._reads(accept) and cancels(gram, coefficients, row, 50)):
             coefficients = coefficients.float()
         own: list[Any] = [None] * len(segments)
-        if targets is not None:  # other scalings see x itself
+        if dots is not None:  # other scalings see x itself
             scales = self.defaults["scaling"] == "none" or self._keeps_length
             own = segments.scatter(weight) if scales else [1.0] * len(segments)
-        outs = scratch if targets is None else self._own(targets, gradients, scratch)
-        return [Combination(*parts) for parts in zip(segments, segments.scatter(coefficients), own, outs, strict=True)]
+        parts = zip(segments, segments.scatter(coefficients), own, pushed.outs, pushed.sources, strict=True)
+        return [Combination(*part, length=length) for part in parts]
 
     def _own(self, targets: list[Tensor], gradients: list[Tensor], scratch: list[Tensor]) -> list[Tensor]:
         """The targets, to be written over: the step's copy of the gradient itself, but a copy of what is state."""
@@ -269,12 +276,6 @@ class WindowOptimizer(EfcpOptimizer):
                 average_(gradients, segments, taken + 1, accept, **rates)
             return gradients
         return gradients if self._keeps_gradient else None
-
-    def _finite(self, updates: list[Tensor], accept: Tensor, shared: dict[str, Tensor], group: Group) -> Tensor:
-        """`accept`, less the case of an update that overflowed."""
-        finite = group.all_(torch.stack([update.sum().isfinite().to(accept.device) for update in updates]).all())
-        shared["skipped"] += accept & ~finite
-        return accept & finite
 
     def _condition(self, eigenvalues: Tensor) -> Tensor:
         """Condition numbers of the systems that `_solve` solves, from the (…, m) eigenvalues of `GGᵀ`, ascending."""

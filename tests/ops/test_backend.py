@@ -35,7 +35,7 @@ def chosen(monkeypatch):
 @pytest.fixture
 def no_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    for name in ("numba_ops", "numba_kernels", "numba_compiler"):
+    for name in ("numba_ops", "numba_step", "numba_calls", "numba_kernels", "numba_compiler"):
         monkeypatch.delitem(sys.modules, f"hf_efcp.ops.{name}", raising=False)
         monkeypatch.delattr(ops, name, raising=False)
 

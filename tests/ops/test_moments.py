@@ -11,7 +11,7 @@ N = 5000
 YES, NO = torch.tensor(True), torch.tensor(False)
 MODULES = [torch_moments]
 if importlib.util.find_spec("numba"):
-    from hf_efcp.ops import numba_ops
+    from hf_efcp.ops import numba_calls, numba_ops
 
     MODULES.append(numba_ops)
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():  # in Triton's interpreter
@@ -82,7 +82,7 @@ def test_backends_agree_on_the_bits_of_bfloat16_moments():
 
 @pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="needs numba: pip install hf-efcp[cpu]")
 def test_result_does_not_depend_on_the_number_of_threads(monkeypatch):
-    monkeypatch.setattr(numba_ops, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(numba_calls, "WORTH_A_THREAD", 1)
     before, results = torch.get_num_threads(), []
     try:
         for n_threads in (1, 3):

@@ -21,7 +21,7 @@ from hf_efcp.ops import backend, torch_ops
 from hf_efcp.optim import GGT, MFAC
 
 pytest.importorskip("numba", reason="needs numba: pip install hf-efcp[cpu]")
-from hf_efcp.ops import numba_compiler, numba_ops
+from hf_efcp.ops import numba_calls, numba_compiler, numba_ops
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_no_operation_hides_a_nan():
 
 @each_value_dtype
 def test_results_do_not_depend_on_the_number_of_threads(value_dtype, monkeypatch):
-    monkeypatch.setattr(numba_ops, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(numba_calls, "WORTH_A_THREAD", 1)
     before = torch.get_num_threads()
     group = 2 if value_dtype is torch.int8 else 1
     results = []

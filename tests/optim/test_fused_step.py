@@ -1,4 +1,6 @@
-"""Steps that one kernel finishes, in Triton's interpreter, against those in plain torch."""
+"""Steps in one or two passes of kernels, numba's and in Triton's interpreter, against those in plain torch."""
+
+import importlib.util
 
 import pytest
 import torch
@@ -7,8 +9,10 @@ from torch import nn
 from hf_efcp import create_optimizer
 from hf_efcp.ops import backend
 
-triton_ops = pytest.importorskip("hf_efcp.ops.triton_ops", reason="needs triton, which has wheels for Linux")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without")
+NAMES = [name for name in ("numba", "triton") if importlib.util.find_spec(name)]
+if torch.cuda.is_available():  # Triton's interpreter is for machines without
+    NAMES = NAMES[:1]
+pytestmark = pytest.mark.skipif(not NAMES, reason="needs numba or triton: pip install hf-efcp[cpu]")
 
 # Moments of 16 bits are rounded by a draw: a last bit that differs may send them to the other neighbour.
 SMALL = {"window": 3, "block_size": 32, "density": 0.1, "moment_dtype": "float32"}
@@ -16,13 +20,20 @@ each_scaling = pytest.mark.parametrize("scaling", ["none", "rms", "layer_rms", "
 one_launch_or_two = pytest.mark.parametrize("scaling", ["adam", "layer_rms"])
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """Arguments of each launch of the kernel."""
-    found, kernel = [], triton_ops.combine_step_
-    monkeypatch.setattr(triton_ops, "combine_step_", lambda *a, **k: (found.append(k), kernel(*a, **k)))
-    yield found
+@pytest.fixture(params=NAMES)
+def served(request):
+    """The backend whose kernels are tested."""
+    yield request.param
     backend.cpu_backend.cache_clear()
+
+
+@pytest.fixture
+def launches(served, monkeypatch):
+    """Arguments of each call of the kernel that ends a step."""
+    found, module = [], importlib.import_module(f"hf_efcp.ops.{served}_ops")
+    kernel = module.combine_step_
+    monkeypatch.setattr(module, "combine_step_", lambda *a, **k: (found.append(k), kernel(*a, **k)))
+    return found
 
 
 def serve_by(name, monkeypatch):
@@ -64,11 +75,11 @@ def take(model, optimizer, steps, spare=(1,)):
         optimizer.step()
 
 
-def both(monkeypatch, dtype=torch.float32, steps=2, name="efcp_mfac", **options):
+def both(served, monkeypatch, dtype=torch.float32, steps=2, name="efcp_mfac", **options):
     """Model and optimizer after some steps, of torch and of the kernel."""
     pairs = []
-    for served in ("torch", "triton"):
-        serve_by(served, monkeypatch)
+    for name_of_backend in ("torch", served):
+        serve_by(name_of_backend, monkeypatch)
         model = Model(dtype)
         optimizer = build(model, name, **options)
         take(model, optimizer, range(steps))
@@ -95,9 +106,10 @@ def assert_same_runs(pairs):
     [(torch.float32, "gradient"), (torch.bfloat16, "compressed"), (torch.float16, "gradient")],
     ids=str,
 )
-def test_steps_are_those_of_torch(scaling, dtype, precondition, monkeypatch, launches):
-    assert_same_runs(both(monkeypatch, dtype, scaling=scaling, precondition=precondition))
-    assert len(launches) == 2 * (2 if "rms" in scaling else 1)
+def test_steps_are_those_of_torch(scaling, dtype, precondition, served, monkeypatch, launches):
+    assert_same_runs(both(served, monkeypatch, dtype, scaling=scaling, precondition=precondition))
+    serves = not (served == "numba" and dtype is torch.float16)  # which numba does not know
+    assert len(launches) == serves * 2 * (2 if "rms" in scaling else 1)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +122,8 @@ def test_steps_are_those_of_torch(scaling, dtype, precondition, monkeypatch, lau
     ],
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
 )
-def test_every_format_and_system_has_the_steps_of_torch(options, monkeypatch, launches):
-    assert_same_runs(both(monkeypatch, torch.bfloat16, **options))
+def test_every_format_and_system_has_the_steps_of_torch(options, served, monkeypatch, launches):
+    assert_same_runs(both(served, monkeypatch, torch.bfloat16, **options))
     assert launches
 
 
@@ -119,13 +131,13 @@ def test_every_format_and_system_has_the_steps_of_torch(options, monkeypatch, la
     "options",
     [{"beta1": 0.5}, {"scaling": "none", "beta2": 0.9, "precondition": "compressed"}],
 )
-def test_ggt_has_the_steps_of_torch(options, monkeypatch, launches):
-    assert_same_runs(both(monkeypatch, name="efcp_ggt", **options))
+def test_ggt_has_the_steps_of_torch(options, served, monkeypatch, launches):
+    assert_same_runs(both(served, monkeypatch, name="efcp_ggt", **options))
     assert len(launches) == 2
 
 
-def test_what_has_no_gradient_or_is_frozen_stays(monkeypatch, launches):
-    serve_by("triton", monkeypatch)
+def test_what_has_no_gradient_or_is_frozen_stays(served, monkeypatch, launches):
+    serve_by(served, monkeypatch)
     model = Model()
     optimizer = build(model)
     before = [p.detach().clone() for p in (*model.spare.parameters(), *model.frozen.parameters())]
@@ -136,8 +148,8 @@ def test_what_has_no_gradient_or_is_frozen_stays(monkeypatch, launches):
 
 
 @one_launch_or_two
-def test_a_nan_leaves_no_trace(scaling, monkeypatch, launches):
-    serve_by("triton", monkeypatch)
+def test_a_nan_leaves_no_trace(scaling, served, monkeypatch, launches):
+    serve_by(served, monkeypatch)
     model = Model()
     optimizer = build(model, scaling=scaling)
     monkeypatch.setattr(type(optimizer), "_reads", lambda self, flag: False)  # as on a device: masks do the work
@@ -154,19 +166,19 @@ def test_a_nan_leaves_no_trace(scaling, monkeypatch, launches):
     assert not torch.equal(weights[0], model.used.weight)
 
 
-def test_an_update_that_overflows_is_left_out_as_with_torch(monkeypatch, launches):
+def test_an_update_that_overflows_is_left_out_as_with_torch(served, monkeypatch, launches):
     """x/λ is no float32 for λ = 1e-40."""
-    pairs = both(monkeypatch, steps=2, scaling="none", damping_mode="absolute", damping=1e-40)
+    pairs = both(served, monkeypatch, steps=2, scaling="none", damping_mode="absolute", damping=1e-40)
     assert [optimizer.skipped_steps for _, optimizer in pairs] == [2, 2]
     for model, _ in pairs:
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), Model().parameters(), strict=True))
 
 
 @one_launch_or_two
-def test_recording_changes_no_bit_and_reads_what_torch_reads(scaling, monkeypatch, launches):
+def test_recording_changes_no_bit_and_reads_what_torch_reads(scaling, served, monkeypatch, launches):
     figures, weights = [], []
-    for served, records in (("torch", True), ("triton", True), ("triton", False)):
-        serve_by(served, monkeypatch)
+    for name, records in (("torch", True), (served, True), (served, False)):
+        serve_by(name, monkeypatch)
         model = Model()
         optimizer = build(model, scaling=scaling)
         optimizer.record_metrics = records
@@ -179,11 +191,11 @@ def test_recording_changes_no_bit_and_reads_what_torch_reads(scaling, monkeypatc
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*weights[1:], strict=True))
 
 
-def test_weights_that_move_are_found_again(monkeypatch, launches):
+def test_weights_that_move_are_found_again(served, monkeypatch, launches):
     """As an average that is swapped in, or `model.to`, moves them."""
     pairs = []
     for moves in (False, True):
-        serve_by("triton", monkeypatch)
+        serve_by(served, monkeypatch)
         model = Model()
         optimizer = build(model)
         take(model, optimizer, [0])
@@ -196,10 +208,10 @@ def test_weights_that_move_are_found_again(monkeypatch, launches):
 
 
 @pytest.mark.parametrize("change", [lambda p: p.double(), lambda p: p.t().contiguous().t()], ids=["float64", "strided"])
-def test_weights_that_no_kernel_writes_take_torchs_steps(change, monkeypatch, launches):
+def test_weights_that_no_kernel_writes_take_torchs_steps(change, served, monkeypatch, launches):
     pairs = []
-    for served in ("torch", "triton"):
-        serve_by(served, monkeypatch)
+    for name in ("torch", served):
+        serve_by(name, monkeypatch)
         torch.manual_seed(0)
         weight = nn.Parameter(change(torch.randn(5, 7)))
         optimizer = create_optimizer("efcp_mfac", [weight], lr=0.1, **SMALL)

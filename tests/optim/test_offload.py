@@ -56,7 +56,8 @@ def test_only_updates_cross_and_the_weights_are_the_same(crossed, cls, options):
     assert weights_alone == SHAPES * 12
     assert crossings <= 2 * len(SHAPES)
     here, _ = train(cls, torch.nn.Parameter, **options)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(there, here, strict=True))
+    for ours, theirs in zip(there, here, strict=True):  # one pass over blocks sums in another order
+        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-6, atol=1e-7)
     for state in optimizer.state.values():
         assert all(value.device.type == "cpu" for value in state.values())
 

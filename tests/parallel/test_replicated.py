@@ -10,6 +10,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_efcp.memory import footprint
 from hf_efcp.optim.registry import get_spec, list_optimizers
 
 FLOAT32 = {"value_dtype": "float32", "residual_dtype": "float32", "moment_dtype": "float32"}
@@ -145,20 +146,28 @@ def errors(rank, n_ranks):
     return texts
 
 
+def four_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(96, 96) for _ in range(4)])
+
+
+def options_of(name):
+    return {"window": 8} if "window" in get_spec(name).options() else {}
+
+
 def sizes():
-    """Bytes of this rank's state over that of one process, for every optimizer with 4 equal layers."""
-    shares = {}
+    """Bytes of this rank's state after a step, and their share of one process's, for 4 equal layers."""
+    counts = {}
     for name in list_optimizers():
-        counts = []
+        found = []
         for shard_state in (None, False):
-            torch.manual_seed(0)
-            model = nn.Sequential(*[nn.Linear(96, 96) for _ in range(4)])
-            options = {"window": 8} if "window" in get_spec(name).options() else {}
-            optimizer = Case(name, options).build_plain(model, shard_state=shard_state)
-            optimizer.materialize_state()
-            counts.append(optimizer.state_bytes())
-        shares[name] = counts[0] / counts[1]
-    return shares
+            model = four_layers()
+            optimizer = Case(name, options_of(name)).build_plain(model, shard_state=shard_state)
+            model(torch.ones(2, 96)).square().sum().backward()
+            optimizer.step()
+            found.append(optimizer.state_bytes())
+        counts[name] = found[0], found[0] / found[1]
+    return counts
 
 
 def saved_by_one_rank(rank, n_ranks):
@@ -257,8 +266,15 @@ def test_ranks_that_differ_are_told_which_parameter_and_what_to_do(results):
 def test_a_rank_keeps_its_share_of_the_bytes(results):
     share = {2: 0.55, 4: 0.3}[len(results)]
     for rank in results:
-        for name, part in rank["bytes"].items():
+        for name, (_, part) in rank["bytes"].items():
             assert part <= share, name
+
+
+def test_bytes_of_a_rank_are_counted_before_there_are_ranks(results):
+    """`hf-efcp memory --world_size N`, to the byte."""
+    for name, (size, _) in results[0]["bytes"].items():
+        model = four_layers().to("meta")
+        assert footprint(model, name, options_of(name), world_size=len(results)).state == size, name
 
 
 def test_one_rank_may_save_alone_after_all_gathered(results):
