@@ -71,7 +71,7 @@ def _peer(name: str) -> Callable[..., Optimizer]:
 RIVALS = {
     BASELINE: Rival(),
     "sgd": Rival(lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), (20, 60, 180, 540)),
-    "muon": Rival(MuonWithAdamW),
+    "muon": Rival(MuonWithAdamW, (2, 4, 8, 16)),  # its matrices have a root mean square of 0.2, AdamW's first steps 1
     "lion": Rival(lambda model, lr: _peer("Lion")(model.parameters(), lr=lr), (0.1, 0.2, 0.4, 0.8)),
     "soap": Rival(lambda model, lr: _peer("SOAP")(model.parameters(), lr=lr, weight_decay=0.0)),
 }

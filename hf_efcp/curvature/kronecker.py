@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -107,7 +107,11 @@ def bound_growth(inputs: Factor, outputs: Factor, limit: float) -> tuple[Factor,
     return _scaled(inputs, scale), _scaled(outputs, scale)
 
 
-def precondition(gradient: Tensor, inputs: Factor, outputs: Factor) -> Tensor:
-    """`CCᵀ G KKᵀ` of a (d_o, d_i) gradient; with KKᵀ and CCᵀ themselves where they are kept."""
-    rows = outputs.structure.metric_times(outputs.values, gradient, outputs.metric)
-    return inputs.structure.times_metric(inputs.values, rows, inputs.metric)
+def precondition(gradient: Sequence[Tensor], inputs: Factor, outputs: Factor, targets: Sequence[Tensor]) -> None:
+    """Write `CCᵀ G KKᵀ`; with KKᵀ and CCᵀ themselves where they are kept.
+
+    Args:
+        gradient, targets: column blocks of (d_o, d_i) matrices, those of the weight and of the bias.
+    """
+    rows = outputs.structure.metric_times_blocks(outputs.values, gradient, outputs.metric)
+    inputs.structure.write_times_metric(inputs.values, rows, targets, inputs.metric)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import UninitializedParameter
@@ -37,19 +36,15 @@ class Layer:
         """Weight and, where there is one, bias."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(d_o, d_i) matrix of tensors shaped as weight and bias; a missing bias counts as zero."""
+    def matrices(self, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """(d_o, ·) column blocks of a (d_o, d_i) matrix: views of tensors shaped as weight and bias, if there is one.
+
+        A missing bias counts as zero.
+        """
         matrix = weight.T if _is_conv1d_of_transformers(self.modules[0]) else weight.flatten(1)
         if self.bias is None:
-            return matrix
-        column = matrix.new_zeros(len(matrix), 1) if bias is None else bias.to(matrix.dtype).unsqueeze(1)
-        return torch.cat([matrix, column], 1)
-
-    def split(self, matrix: Tensor) -> list[Tensor]:
-        """The parts of a (d_o, d_i) matrix, shaped as the parameters."""
-        body = matrix if self.bias is None else matrix[:, :-1]
-        weight = body.T if _is_conv1d_of_transformers(self.modules[0]) else body.reshape(self.weight.shape)
-        return [weight] if self.bias is None else [weight, matrix[:, -1]]
+            return [matrix]
+        return [matrix, matrix.new_zeros(len(matrix), 1) if bias is None else bias.unsqueeze(1)]
 
 
 @dataclass

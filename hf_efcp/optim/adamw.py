@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_efcp import ops
 
@@ -34,9 +34,9 @@ def adam_direction(
 
 def can_fuse(parameter: Tensor, state: dict[str, Tensor]) -> bool:
     """Whether `fused_step_` takes a parameter."""
-    kinds = {parameter.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype}
-    is_plain = type(parameter.data) is Tensor and parameter.device.type == "cpu" and parameter.is_contiguous()
-    return is_plain and kinds == {torch.float32}
+    is_plain = type(parameter) in (Tensor, nn.Parameter) and parameter.device.type == "cpu"
+    tensors = (parameter, state["exp_avg"], state["exp_avg_sq"])
+    return is_plain and parameter.is_contiguous() and all(tensor.dtype is torch.float32 for tensor in tensors)
 
 
 def fused_step_(
@@ -56,7 +56,7 @@ def fused_step_(
     Args:
         states: `exp_avg`, `exp_avg_sq` and `adam_step`, this step included.
     """
-    counts = [int(state["adam_step"]) for state in states]
+    counts = torch.stack([state["adam_step"] for state in states]).tolist()
     steps = {count: torch.tensor(float(count)) for count in set(counts)}
     torch._fused_adamw_(
         list(params),

@@ -36,7 +36,10 @@ _PUBLISHED_SHAMPOO = {
     "beta2_per_step": False,
     "sketch_update": "exact",
     "grafting": "rmsprop",
+    "scaling": "none",
     "momentum": 0.9,
+    "ema": False,
+    "momentum_dtype": "float32",
 }
 
 _PUBLISHED_SINGD = {
@@ -142,7 +145,15 @@ register(
         cls=SketchyShampoo,
         summary="S-Shampoo: Shampoo with a frequent-directions sketch of each axis",
         paper=_SKETCHY,
-        defaults={"rank": 32, "update_freq": 10, "sketch_update": "subspace"},
+        defaults={
+            "rank": 32,
+            "update_freq": 10,
+            "sketch_update": "subspace",
+            "scaling": "adafactor",
+            "momentum": 0.9,
+            "ema": True,
+            "momentum_dtype": "bfloat16",
+        },
         presets={"paper": _PUBLISHED_SHAMPOO},
     )
 )

@@ -44,22 +44,24 @@ def step_(weight: Tensor, update: Tensor, lr: float, accept: Tensor | None, slic
 
 
 def momentum_step_(
-    weight: Tensor,
-    buffer: Tensor,
-    update: Tensor,
-    lr: float,
-    rule: Momentum,
-    accept: Tensor | None,
-    slices: Slices | None,
+    weight: Tensor, buffer: Tensor, update: Tensor, lr: float, rule: Momentum, accept: Tensor | None
 ) -> None:
-    """The step of `rule`, which changes `buffer`, float32 or bfloat16; computed in the dtype of the update."""
-    if slices is None:
-        for w, m, u in _chunks(weight, buffer, update):
-            moved = torch.mul(m.to(u.dtype), rule.factor).add_(u, alpha=rule.gain)
-            m.copy_(_where(accept, moved, m))
-            step = torch.mul(moved, rule.factor).add_(u, alpha=rule.gain) if rule.nesterov else moved
-            w.add_(_where(accept, step, 0.0), alpha=-lr / rule.correction)
-        return
+    """The step of `rule`, which changes `buffer`, float32 or bfloat16; computed in the dtype of the update.
+
+    Args:
+        accept: () bool, where false nothing moves; `None` counts as true.
+    """
+    for w, m, u in _chunks(weight, buffer, update):
+        moved = torch.mul(m.to(u.dtype), rule.factor).add_(u, alpha=rule.gain)
+        m.copy_(_where(accept, moved, m))
+        step = torch.mul(moved, rule.factor).add_(u, alpha=rule.gain) if rule.nesterov else moved
+        w.add_(_where(accept, step, 0.0), alpha=-lr / rule.correction)
+
+
+def momentum_step_slices_(
+    weight: Tensor, buffer: Tensor, update: Tensor, lr: float, rule: Momentum, slices: Slices
+) -> None:
+    """`momentum_step_` of an accepted update that has the weight's `slices` alone; the others' are zero."""
     axis, index, _ = slices
     kept = buffer.index_select(axis, index).to(update.dtype).mul_(rule.factor).add_(update, alpha=rule.gain)
     share = rule.factor if rule.nesterov else 1.0

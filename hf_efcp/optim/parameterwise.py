@@ -201,7 +201,9 @@ class ParameterwiseOptimizer(EfcpOptimizer):
         first = self._parameters()[0]
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
         sums = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-        finite = torch.stack([s.to(first.device, torch.float64) for s in sums]).isfinite().all()
+        if any(s.device != first.device for s in sums):
+            sums = [s.to(first.device) for s in sums]
+        finite = torch.stack(sums).isfinite().all()
         finite = self._ranks.all_(finite)
         self.state[first]["skipped"] += ~finite
         if any(group["lr"] for group in self.param_groups):

@@ -17,7 +17,7 @@ from hf_efcp.optim.apply import move_
 from hf_efcp.optim.options import check_options
 from hf_efcp.optim.singd_layers import SingdLayers
 from hf_efcp.optim.singd_options import SINGD_OPTIONS
-from hf_efcp.optim.singd_state import FactorPair, clip_scale, factors_for_statistics, new_factors
+from hf_efcp.optim.singd_state import clip_scale, factors_for_statistics, finite_layers, new_factors
 
 logger = logging.getLogger(__name__)
 
@@ -187,20 +187,19 @@ class SINGD(SingdLayers):
     def _accepted_step(self, accept: Tensor) -> None:
         self._schedule_lr_cov()
         self._refresh(self._statistics())
-        gradients, directions = self._directions()
-        lr = self.param_groups[0]["lr"]
-        scale = clip_scale(directions, gradients, lr, self.defaults, self._owners.group.sum_)
+        directions = self._directions()
+        scale = clip_scale(directions, self.param_groups[0]["lr"], self.defaults, self._owners.group.sum_)
+        if scale is not None:
+            directions = {layer: [part * scale.to(part) for part in parts] for layer, parts in directions.items()}
         moved: dict[Tensor, Tensor | None] = {}
         adams: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        for layer in list(directions):
-            direction = directions.pop(layer)
-            direction = direction if scale is None else direction * scale.to(direction)
-            finite = direction.sum().isfinite() & accept.to(direction.device)
+        for layer, finite in finite_layers(directions, accept).items():
+            parts = directions.pop(layer)
             if self.defaults["scaling"] != "adam":
-                moved.update(self._momentum_of_layer(layer, direction, finite))
+                moved.update(self._momentum_of_layer(layer, parts, finite))
                 continue
             is_lost = self._reads(finite) and not finite  # a direction that overflowed leaves its layer as it is
-            for p, part in zip(layer.parameters, layer.split(direction), strict=True):
+            for p, part in zip(layer.parameters, parts, strict=True):
                 moved[p] = None
                 if p.grad is not None and not is_lost:
                     adams[p] = part, finite
@@ -211,46 +210,37 @@ class SINGD(SingdLayers):
             move_(params, [moved[p] for p in params], group, accept, self._count(params))
             self._step_adam(adams, group, group["lr"], accept)
             self._step_adam(others, group, group["lr"] * self._fallback_ratio(), accept)
-        for p in stepped:
-            self.state[p]["step"] += 1
+        if stepped:
+            torch._foreach_add_([self.state[p]["step"] for p in stepped], 1)
         self._count_step()
 
     def _refresh(self, statistics: Mapping[Layer, Sums]) -> None:
         """Update the factors of the layers with statistics, each by its owner."""
         for layer, sums in statistics.items():
-            state = self.state[layer.weight]
             if layer.weight in self._owners:
-                FactorPair(layer, state, self.defaults).refresh(sums, self._loss_terms)
-            state["refreshes"] += 1
+                self._pair(layer).refresh(sums, self._loss_terms)
+            self.state[layer.weight]["refreshes"] += 1
         self._share_factors(statistics)
 
-    def _directions(self) -> tuple[dict[Layer, Tensor], dict[Layer, Tensor]]:
-        """Gradients, where clipping asks for them, and what they are preconditioned to, of this rank's layers."""
-        gradients, directions = {}, {}
-        clips = any(self.defaults[name] is not None for name in ("max_update_norm", "kl_clip"))
-        for layer in self._own_layers():
-            pair = FactorPair(layer, self.state[layer.weight], self.defaults)
-            if layer.weight.grad is None or not pair.has_statistics:
-                continue
-            bias = None if layer.bias is None else layer.bias.grad
-            gradient = layer.join(layer.weight.grad, bias).to(pair.dtype)
-            directions[layer] = pair.precondition(gradient)
-            gradients |= {layer: gradient} if clips else {}
-        return gradients, directions
+    def _directions(self) -> dict[Layer, list[Tensor]]:
+        """What the gradients of this rank's layers are preconditioned to."""
+        pairs = {layer: self._pair(layer) for layer in self._own_layers() if layer.weight.grad is not None}
+        return {layer: pair.directions() for layer, pair in pairs.items() if pair.has_statistics}
 
-    def _momentum_of_layer(self, layer: Layer, direction: Tensor, finite: Tensor) -> dict[Tensor, Tensor]:
+    def _momentum_of_layer(self, layer: Layer, parts: list[Tensor], finite: Tensor) -> dict[Tensor, Tensor]:
         """Momentum and length of a layer's step; one whose direction overflowed stays, but for its decay."""
-        if self._reads(finite):
-            direction = direction if finite else torch.zeros_like(direction)
-        else:
-            direction = torch.where(finite, direction, 0)
+        is_lost = self._reads(finite) and not finite
         factor = self.param_groups[0]["momentum"]  # OneCycleLR writes it there
         updates = {}
-        for p, part in zip(layer.parameters, layer.split(direction), strict=True):
+        for p, part in zip(layer.parameters, parts, strict=True):
             if p.grad is None:
                 continue
+            if self._reads(finite):
+                part = torch.zeros_like(part) if is_lost else part
+            else:
+                part = torch.where(finite, part, 0)
             buffer = self.state[p].get("momentum")
-            if buffer is not None and not (self._reads(finite) and not finite):
+            if buffer is not None and not is_lost:
                 moved = buffer * factor + part
                 buffer.copy_(torch.where(finite, moved, buffer))
                 part = torch.where(finite, moved, 0)
@@ -267,18 +257,19 @@ class SINGD(SingdLayers):
     ) -> None:
         """AdamW's step of a group's parameters among `gradients`, each with () bool whether it counts."""
         rules = {"betas": (self.defaults["beta1"], self.defaults["beta2"]), "eps": self.defaults["eps"]}
-        fused, single = [], []
-        for p in (p for p in group["params"] if p in gradients):
-            state = self.state[p]
-            if "exp_avg" not in state:
+        params = [p for p in group["params"] if p in gradients]
+        if not params:
+            return
+        for p in params:
+            if "exp_avg" not in self.state[p]:
                 logger.warning("A layer of shape %s has a gradient and never ran: AdamW optimizes it.", tuple(p.shape))
-                state.update(self._new_moments(p))
-            state["adam_step"] += 1
-            (fused if self._reads(accept) and can_fuse(p, state) else single).append(p)
+                self.state[p].update(self._new_moments(p))
+        torch._foreach_add_([self.state[p]["adam_step"] for p in params], 1)
+        fused = [p for p in params if self._reads(accept) and can_fuse(p, self.state[p])]
         if fused:
             parts, states = [gradients[p][0] for p in fused], [self.state[p] for p in fused]
             fused_step_(fused, parts, states, lr=lr, weight_decay=group["weight_decay"], **rules)
-        updates = []
+        single, updates = [p for p in params if len(fused) < len(params) and p not in set(fused)], []
         for p in single:
             # The count is the host's: filled in, not copied, for which the host would wait.
             count = torch.full((), int(self.state[p]["adam_step"]), dtype=torch.int64, device=p.device)

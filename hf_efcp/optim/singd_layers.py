@@ -55,9 +55,9 @@ class SingdLayers(ParameterwiseOptimizer):
 
     def _start(self) -> None:
         self._is_built = False  # groups are added one by one in the constructor
-        self._plan, self._collector, self._plan_key = Plan(), None, None
+        self._plan, self._collector, self._plan_key, self._scaler = Plan(), None, None, None
         self._of_parameter: dict[Tensor, Layer] = {}
-        self._scaler: Any = None
+        self._pairs: dict[Layer, FactorPair] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -142,8 +142,8 @@ class SingdLayers(ParameterwiseOptimizer):
         """See `EfcpOptimizer.metrics`; besides, `singd_growth`, the largest `τ(KKᵀ)·τ(CCᵀ)` of a layer."""
         figures = super().metrics()
         if self.state and self._layers():
-            mine = [FactorPair(layer, self.state[layer.weight], self.defaults) for layer in self._own_layers()]
-            largest = torch.tensor([max((float(pair.growth()) for pair in mine), default=0.0)], dtype=torch.float64)
+            growth = [float(self._pair(layer).growth()) for layer in self._own_layers()]
+            largest = torch.tensor([max(growth, default=0.0)], dtype=torch.float64)
             figures["singd_growth"] = max(map(float, self._owners.group.gather(largest)))
         return figures
 
@@ -160,6 +160,7 @@ class SingdLayers(ParameterwiseOptimizer):
         trained = set(self._parameters())
         self._plan = find_layers(self._model, trained, structures, self.defaults["max_dense_dim"])
         self._of_parameter = {p: layer for layer in self._plan.layers for p in layer.parameters}
+        self._pairs.clear()
         for layer in self._plan.layers:
             layer.inputs, layer.outputs = (
                 DenseMetric(s.dim) if stores_metric_alone(s, self.defaults) else s
@@ -200,6 +201,12 @@ class SingdLayers(ParameterwiseOptimizer):
         trained = set(params)
         layers = [[p for p in layer.parameters if p in trained] for layer in self._layers()]
         return [*layers, *([p] for p in params if self._layer_of(p) is None)]
+
+    def _pair(self, layer: Layer) -> FactorPair:
+        state, pair = self.state[layer.weight], self._pairs.get(layer)
+        if pair is None or not pair.is_of(state, self.defaults):
+            pair = self._pairs[layer] = FactorPair(layer, state, self.defaults)
+        return pair
 
     def _own_layers(self) -> list[Layer]:
         """Those that this rank keeps and steps."""

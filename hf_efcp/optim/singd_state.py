@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,14 +58,20 @@ class FactorPair:
 
     def __init__(self, layer: Layer, state: dict[str, Tensor], options: Mapping[str, Any]):
         self.layer, self.state, self.options = layer, state, options
+        sides = zip(_SIDES, (layer.inputs, layer.outputs), strict=True)
+        self._names = [(side, structure, factor_name(side, structure)) for side, structure in sides]
 
-    @functools.cached_property
+    def is_of(self, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> bool:
+        """Whether these are its state and options, and none that have taken their place since."""
+        return self.state is state and self.options is options
+
+    @property
     def dtype(self) -> torch.dtype:
         """In which steps are computed: float32, float64 if a factor or the weight is."""
-        dtypes = [tensor.dtype for _, _, tensor in self._stored()]
-        return torch.promote_types(
-            torch.promote_types(*dtypes), torch.promote_types(torch.float32, self.layer.weight.dtype)
-        )
+        dtype = torch.float32
+        for tensor in (self.layer.weight, *(self.state[name] for _, _, name in self._names)):
+            dtype = dtype if tensor.dtype is dtype else torch.promote_types(dtype, tensor.dtype)
+        return dtype
 
     @property
     def has_statistics(self) -> bool:
@@ -107,31 +112,32 @@ class FactorPair:
         scale = 1 if self.options["loss_average"] is None else terms
         return Moment(inputs, 1 / sums.rows.to(self.dtype).clamp_min(1)), Moment(outputs, scale)
 
-    def precondition(self, gradient: Tensor) -> Tensor:
-        """`CCᵀ G KKᵀ` of a (d_o, d_i) gradient in `dtype`."""
-        return precondition(gradient, *self._factors())
+    def directions(self) -> list[Tensor]:
+        """`CCᵀ G KKᵀ` of the layer's gradients in `dtype`, shaped as its parameters."""
+        layer, dtype = self.layer, self.dtype
+        bias = None if layer.bias is None else layer.bias.grad
+        blocks = [block.to(dtype) for block in layer.matrices(layer.weight.grad, bias)]  # pyright: ignore[reportArgumentType]
+        parts = [p.new_empty(p.shape, dtype=dtype) for p in layer.parameters]
+        precondition(blocks, *self._factors(), layer.matrices(*parts, *([None] if len(parts) == 1 else [])))
+        return parts
 
     def growth(self) -> Tensor:
         """() `τ(KKᵀ)·τ(CCᵀ)`: how much longer a mean step is than SGD's."""
         traces = [f.structure.mean_square(f.values) for f in self._factors()]
         return traces[0] * traces[1]
 
-    def _stored(self) -> list[tuple[str, Structure, Tensor]]:
-        """Side, structure and stored tensor of both factors."""
-        pairs = zip(_SIDES, (self.layer.inputs, self.layer.outputs), strict=True)
-        return [(side, structure, self.state[factor_name(side, structure)]) for side, structure in pairs]
-
     def _factors(self) -> list[Factor]:
-        factors = []
-        for side, structure, stored in self._stored():
-            extra = [self.state.get(f"{side}_{name}") for name in ("direction", "metric")]
-            extra = [None if tensor is None else tensor.to(self.dtype) for tensor in extra]
-            factors.append(Factor(structure, stored.to(self.dtype), *extra))
+        factors, dtype = [], self.dtype
+        for side, structure, name in self._names:
+            stored = [self.state.get(name) for name in (name, f"{side}_direction", f"{side}_metric")]
+            stored = [tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype) for tensor in stored]
+            factors.append(Factor(structure, *stored))  # pyright: ignore[reportArgumentType]
         return factors
 
     def _write(self, *factors: Factor) -> None:
         finite = torch.stack([f.values.sum() for f in factors]).isfinite().all()
-        for factor, (side, structure, stored) in zip(factors, self._stored(), strict=True):
+        for factor, (side, structure, name) in zip(factors, self._names, strict=True):
+            stored = self.state[name]
             _copy(stored, factor.values, finite)
             if factor.momentum is not None:
                 _copy(self.state[f"{side}_direction"], factor.momentum, finite)
@@ -152,9 +158,21 @@ def factors_for_statistics(layer: Layer) -> dict[str, Structure]:
     return {factor_name(side, s): s for side, s in sides if not s.sums_raw}
 
 
+def finite_layers(directions: Mapping[Layer, Sequence[Tensor]], accept: Tensor) -> dict[Layer, Tensor]:
+    """() bool for each layer, on its device: whether the step counts and its direction is finite."""
+    by_device: dict[torch.device, list[tuple[Layer, Tensor]]] = {}
+    for layer, parts in directions.items():
+        total = parts[0].sum() if len(parts) == 1 else parts[0].sum() + parts[1].sum()
+        by_device.setdefault(total.device, []).append((layer, total))
+    finite: dict[Layer, Tensor] = {}
+    for device, sums in by_device.items():
+        flags = torch.stack([total for _, total in sums]).isfinite() & accept.to(device)
+        finite.update(zip((layer for layer, _ in sums), flags.unbind(), strict=True))
+    return finite
+
+
 def clip_scale(
-    directions: Mapping[Layer, Tensor],
-    gradients: Mapping[Layer, Tensor],
+    directions: Mapping[Layer, Sequence[Tensor]],
     lr: float,
     options: Mapping[str, Any],
     total: Callable[[Tensor], Tensor],
@@ -165,13 +183,13 @@ def clip_scale(
     `(lr·ν)² uᵀFu` with `Fu ≈ g`, is at most κ.
 
     Args:
-        directions, gradients: of the layers that this rank owns.
+        directions: of the parameters of the layers that this rank owns.
         total: sums (2,) numbers over the ranks.
     """
     limit, kappa = options["max_update_norm"], options["kl_clip"]
     if limit is None and kappa is None:
         return None
-    square, inner = total(_clip_sums(directions, gradients))
+    square, inner = total(_clip_sums(directions))
     scale = torch.ones_like(square)
     if limit is not None:
         scale = (limit / square.sqrt()).clamp_max(1)
@@ -180,11 +198,12 @@ def clip_scale(
     return scale
 
 
-def _clip_sums(directions: Mapping[Layer, Tensor], gradients: Mapping[Layer, Tensor]) -> Tensor:
+def _clip_sums(directions: Mapping[Layer, Sequence[Tensor]]) -> Tensor:
     """(2,) float64 `Σ|u|²` and `Σ⟨u, g⟩`."""
-    sums = [
-        torch.stack([torch.linalg.vector_norm(u, dtype=torch.float64).square(), (u * gradients[layer]).sum().double()])
-        for layer, u in directions.items()
-    ]
+    sums = []
+    for layer, parts in directions.items():
+        for p, u in zip(layer.parameters, parts, strict=True):
+            inner = u.new_zeros(()) if p.grad is None else (u * p.grad).sum()
+            sums.append(torch.stack([torch.linalg.vector_norm(u, dtype=torch.float64).square(), inner.double()]))
     device = sums[0].device if sums else None
     return sum((part.to(device) for part in sums), torch.zeros(2, dtype=torch.float64, device=device))

@@ -49,6 +49,13 @@ SHAMPOO_OPTIONS = (
         source="Shampoo, arXiv 2002.09018",
     ),
     Option(
+        "scaling",
+        str,
+        "whether the grafted step is divided by the roots of its rows' and columns' mean squares",
+        choices=("none", "adafactor"),
+        source=_HERE,
+    ),
+    Option(
         "momentum", float, "heavy-ball factor, after grafting", low=0, high=1, high_open=True, source="precondition"
     ),
     Option("nesterov", bool, "Nesterov's momentum", source="precondition"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_efcp.optim.grafting import Moments, graft_, graft_norm, graft_state, graft_step, update_moments_
-from hf_efcp.optim.momentum import Momentum, momentum_step_, step_
+from hf_efcp.optim.momentum import Momentum, momentum_step_, momentum_step_slices_, step_
 from hf_efcp.optim.options import check_options
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
 from hf_efcp.optim.partition import Slices, find_slices, long_axes, partition, without_zeros
@@ -19,6 +19,7 @@ from hf_efcp.optim.sketchy_options import SHAMPOO_OPTIONS
 
 _BATCH_NUMEL = 1 << 26  # entries of equal shapes that are stepped together off the CPU: 256 MB a copy
 _CPU_BATCH_NUMEL = 1 << 17
+_SCALE = "update_"  # before the names of what `scaling` remembers
 
 
 class SketchyShampoo(ParameterwiseOptimizer):
@@ -47,6 +48,8 @@ class SketchyShampoo(ParameterwiseOptimizer):
         tail: `"rho"`, the bound, or `"trace"`, the mean eigenvalue of what is not kept.
         grafting: whose step's length a tensor takes: `"none"`, `"sgd"`, `"rmsprop"`, `"adafactor"` (little memory) or
             `"rms"`, a root mean square of 0.25.
+        scaling: `"adafactor"` divides a grafted step by the roots of the decayed mean squares that its rows and columns
+            have had, which evens out what the sketches do not hold; a vector's step entry by entry.
         momentum, nesterov: heavy ball after grafting; 0.9 makes steps ten times as long as AdamW's at the same rate.
         ema: `m ← momentum·m + (1 − momentum)·u`, corrected for its start at zero, whose steps keep their length.
         weight_decay: decoupled, as AdamW's.
@@ -83,6 +86,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         tail_decay: str = "linear",
         tail: str = "rho",
         grafting: str = "adafactor",
+        scaling: str = "none",
         momentum: float = 0.0,
         nesterov: bool = True,
         ema: bool = False,
@@ -106,6 +110,8 @@ class SketchyShampoo(ParameterwiseOptimizer):
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = new_sketches(self._blocks(parameter), self.defaults, parameter)
         state.update(graft_state(self.defaults["grafting"], parameter))
+        if self.defaults["scaling"] == "adafactor":
+            state.update(graft_state("adafactor", parameter, _SCALE))
         if self.param_groups[0]["momentum"]:
             dtype = storage_dtype(self.defaults["momentum_dtype"], parameter)
             state["momentum"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
@@ -119,6 +125,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
             gradients = self._gradients(params, there, slices)
             directions = self._directions(params, gradients, there)
             updates = self._lengths(params, gradients, directions, there, slices)
+            updates = self._scaled(params, updates, there, slices)
             self._apply(params, updates, group_of, there, slices)
 
     def _batches(self) -> list[list[Tensor]]:
@@ -193,11 +200,27 @@ class SketchyShampoo(ParameterwiseOptimizer):
             update_moments_(states, square, beta2, self._mask(accept), slices)
         if kind == "none" and count >= options["start_preconditioning_step"]:
             return directions
-        moments = Moments.of(states, slices, params[0].ndim)
+        moments = Moments.of(states, slices, params[0].shape)
         if count < options["start_preconditioning_step"]:
             return graft_step(kind, moments, gradients, correction)
         each = long_axes(tuple(params[0].shape), options["block_size"], options["max_dim"])
         return graft_(directions, graft_norm(kind, moments, gradients, square, correction, each), each)
+
+    def _scaled(self, params: list[Tensor], updates: Tensor, accept: Tensor, slices: Slices | None) -> Tensor:
+        """The updates over the roots of their own rows' and columns' mean squares, with `scaling`."""
+        options, count = self.defaults, int(self.state[params[0]]["step"])
+        if options["scaling"] == "none" or count < options["start_preconditioning_step"]:
+            return updates
+        beta2, start = options["beta2"], len(_SCALE)
+        states = [{k[start:]: v for k, v in self.state[p].items() if k.startswith(_SCALE)} for p in params]
+        square = updates.square()
+        finite = square.reshape(len(params), -1).sum(1).isfinite()
+        if not (self._reads(finite) and finite.all()):  # what overflowed is no step, and no moment
+            square = torch.where(finite.view(-1, *[1] * (square.ndim - 1)), square, 0)
+        update_moments_(states, square, beta2, self._mask(accept), slices)
+        taken = count - options["start_preconditioning_step"] + 1
+        correction = 1.0 if beta2 == 1 else 1 - beta2**taken
+        return graft_step("adafactor", Moments.of(states, slices, params[0].shape), updates, correction)
 
     def _apply(
         self,
@@ -223,10 +246,12 @@ class SketchyShampoo(ParameterwiseOptimizer):
                 if known and not known[i]:
                     continue
                 mask = None if known else finite[i]
-                if "momentum" in state:
-                    momentum_step_(weight, state["momentum"], update, lr, rule, mask, slices)
-                else:
+                if "momentum" not in state:
                     step_(weight, update, lr, mask, slices)
+                elif slices is None:
+                    momentum_step_(weight, state["momentum"], update, lr, rule, mask)
+                else:
+                    momentum_step_slices_(weight, state["momentum"], update, lr, rule, slices)
 
     def _mask(self, accept: Tensor) -> Tensor | None:
         """`accept`, where the host has not seen already that it is true."""

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class EfcpTrainer(Trainer):
-    """A `Trainer` that differs in five things.
+    """A `Trainer` that differs in six things.
 
     - `train(resume_from_checkpoint=True)` passes over a checkpoint whose process was killed while it wrote.
     - Resuming, and loading the best model at the end, restores weights that are saved under other names than the
@@ -35,6 +35,7 @@ class EfcpTrainer(Trainer):
     - The model card of a run with an optimizer of this package says with what options it ran and at what cost.
     - A push that the Hub refuses, or that a lost connection ends, is one sentence that says what is safe and what to
       do; Trainer never tells of one that failed during training.
+    - It tells SINGD of how many tokens the loss is the mean.
     - Where its arguments (`EfcpTrainingArguments`) or the launcher ask for it, it trains sparsely, with AGENT's
       gradient correction, or on adversarial examples (see `hf_efcp.train.sparse`).
 
@@ -144,6 +145,7 @@ class EfcpTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """See `Trainer.training_step`; in sparse training, corrected and masked."""
+        _tell_loss_terms(self, num_items_in_batch)
         if self._sparse is None:
             return super().training_step(model, inputs, num_items_in_batch)
         return self._sparse.training_step(super().training_step, model, inputs, num_items_in_batch)
@@ -181,6 +183,19 @@ class EfcpTrainer(Trainer):
         elif self.is_world_process_zero():
             facts = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
             write_model_card(self._folder, self, **facts)
+
+
+def _tell_loss_terms(trainer: Trainer, count: Any) -> None:
+    """Let SINGD know of how many tokens or samples the step's loss is the mean, all micro-batches together.
+
+    Trainer counts them where the loss is divided by their number. What one process counts for itself is not the
+    number of all, whose rows SINGD sums: there each layer goes by its own count.
+    """
+    optimizer: Any = own_optimizer(trainer.optimizer)
+    is_number = isinstance(count, (int, float)) or (isinstance(count, Tensor) and count.ndim == 0)
+    is_of_all = trainer.args.average_tokens_across_devices or trainer.args.world_size == 1
+    if is_number and is_of_all and hasattr(optimizer, "set_loss_terms"):
+        optimizer.set_loss_terms(count)
 
 
 def _pushes(trainer: Trainer) -> list[Any]:

@@ -10,7 +10,7 @@ SHAPES = [(40, 30), (30,), (40, 30), (5, 4, 3), (30,), (40, 30), ()]
 CLASSES = pytest.mark.parametrize(
     ("cls", "options"),
     [
-        (SketchyShampoo, {"rank": 4, "sketch_update": "subspace", "grafting": "sgd"}),
+        (SketchyShampoo, {"rank": 4, "sketch_update": "subspace", "grafting": "sgd", "scaling": "adafactor"}),
         (SketchyShampoo, {"rank": 4, "tail": "trace", "grafting": "adafactor", "nesterov": False, "block_size": 16}),
         (SketchyAdaGrad, {"rank": 3, "radius": 4.0, "system": "model"}),
     ],
@@ -57,7 +57,9 @@ def test_batches_of_equal_shapes_do_what_each_alone_does(cls, options, monkeypat
 @pytest.mark.parametrize("kind", ["none", "sgd", "rmsprop", "adafactor", "rms"])
 @pytest.mark.parametrize("shape", [(60, 20), (20, 60), (60, 3, 4), (3, 60, 4), (60,)], ids=str)
 @pytest.mark.parametrize(
-    "momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": False, "ema": True}], ids=str
+    "momentum",
+    [{}, {"momentum": 0.9, "scaling": "adafactor"}, {"momentum": 0.9, "nesterov": False, "ema": True}],
+    ids=str,
 )
 def test_words_that_do_not_occur_change_nothing(kind, shape, momentum, monkeypatch):
     """A vocabulary's gradient without its zeros: the same weights and state as with them."""

@@ -151,6 +151,39 @@ def test_first_steps_are_the_graft_rules_own():
     torch.testing.assert_close(changes[2], plain * (gradients[2].norm() / plain.norm()))
 
 
+@pytest.mark.parametrize("shape", [(8, 6), (9,)], ids=str)
+def test_scaling_divides_a_step_by_what_its_rows_and_columns_were(shape):
+    """Adafactor's root of the mean squares, of the grafted steps themselves; a vector's entry by entry."""
+    gradients = stream(shape, 4)
+    options = {"rank": 3, "grafting": "sgd", "beta2": 0.9}
+    squares = 0.0
+    plain = updates(gradients, **options)
+    for t, (u, change) in enumerate(zip(plain, updates(gradients, scaling="adafactor", **options), strict=True), 1):
+        squares = 0.9 * squares + 0.1 * u.square()
+        mean = squares / (1 - 0.9**t)
+        if len(shape) == 2:
+            mean = mean.mean(1, keepdim=True) * mean.mean(0) / mean.mean()
+        torch.testing.assert_close(change, u / mean.sqrt(), rtol=1e-9, atol=1e-12)
+
+
+def test_factored_squares_of_convolutions_are_few():
+    """As those of the matrix, though their last two axes are short."""
+    for shape in ((64, 32, 1, 1), (64, 32, 3, 3)):
+        sizes = [make(shape, grafting=kind, rank=1)[0].state_bytes() for kind in ("adafactor", "none")]
+        area = shape[2] * shape[3]
+        assert sizes[0] - sizes[1] == 4 * area * (64 + 32)
+
+
+def test_scaling_forgets_no_step_that_overflowed():
+    weight = torch.nn.Parameter(torch.zeros(8, 6))
+    optimizer = SketchyShampoo([weight], 1.0, rank=3, grafting="sgd", scaling="adafactor")
+    for scale in (1.0, 3e38, 1.0):
+        weight.grad = stream((8, 6), 1)[0].float().clamp(-1, 1) * scale
+        optimizer.step()
+        assert all(t.isfinite().all() for t in optimizer.state[weight].values())
+    assert 0 < weight.abs().amax() < 100
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_momentum_is_heavy_ball_after_grafting(nesterov):
     gradients = stream((8, 6), 4)
@@ -224,7 +257,7 @@ def test_memory_of_a_768_by_3072_matrix():
     optimizer, numel = make((768, 3072), rank=64, grafting="sgd", momentum=0.9)
     assert sketch_bytes(optimizer) <= 0.42 * numel
     assert optimizer.state_bytes() <= 5 * numel
-    small, _ = make((768, 3072), rank=64, grafting="adafactor", momentum=0.9, momentum_dtype="bfloat16")
+    small, _ = make((768, 3072), rank=64, scaling="adafactor", momentum=0.9, momentum_dtype="bfloat16")
     assert small.state_bytes() <= 2.5 * numel
 
 

@@ -2,11 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from transformers import Trainer
 
-import hf_efcp.train  # noqa: F401 registers the optimizers
 from hf_efcp.optim.singd import SINGD
+from hf_efcp.train import EfcpTrainer
 
 ARGS = {"optim": "efcp_singd", "optim_args": "T=2,structures=dense+hierarchical2_2", "weight_decay": 0.1}
 
@@ -109,3 +110,59 @@ def test_copy_of_the_model_trains_alone(tiny_bert, texts, arguments):
     twin = copy.deepcopy(model)
     twin(input_ids=texts[0]["input_ids"][None], labels=torch.tensor([1])).loss.backward()
     assert not trainer.optimizer.optimizer._statistics()
+
+
+class Tagger(torch.nn.Module):
+    """Labels tokens; in float64."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Linear(5, 6), torch.nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x, labels=None):
+        return {"logits": self.second(self.first(x).tanh())}
+
+
+def token_loss(outputs, labels, num_items_in_batch):
+    logits = outputs["logits"].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum") / num_items_in_batch
+
+
+def sentences():
+    """Eight of 6 tokens, of which 1 to 6 have a label."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 6, 5, generator=generator, dtype=torch.float64)
+    labels = torch.randint(3, (8, 6), generator=generator)
+    lengths = torch.tensor([1, 6, 2, 5, 3, 4, 6, 1])
+    return x, labels.masked_fill(torch.arange(6) >= lengths[:, None], -100)
+
+
+def trained_by_hand(told):
+    """Three steps over all sentences, of whose labels the optimizer is told the number or not."""
+    model, (x, labels) = Tagger(), sentences()
+    optimizer = SINGD(model, lr=0.1, T=1, lr_cov=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        count = labels.ne(-100).sum()
+        if told:
+            optimizer.set_loss_terms(count)
+        token_loss(model(x), labels, count).backward()
+        optimizer.step()
+    return weights(model)
+
+
+@pytest.mark.parametrize("size", [8, 1])
+def test_trainer_tells_of_how_many_tokens_the_loss_is_the_mean(size, arguments):
+    """With absolute damping the update depends on it: micro-batches of any size make the step of one batch."""
+    model, (x, labels) = Tagger(), sentences()
+    args = arguments(
+        optim="singd", optim_args="T=1,lr_cov=0.05", learning_rate=0.1, lr_scheduler_type="constant", max_steps=3,
+        per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_grad_norm=0.0,
+    )  # fmt: skip
+    data = [{"x": row, "labels": tags} for row, tags in zip(x, labels, strict=True)]
+    EfcpTrainer(model, args, train_dataset=data, compute_loss_func=token_loss).train()
+    expected, untold = trained_by_hand(told=True), trained_by_hand(told=False)
+    assert not torch.allclose(expected["second.weight"], untold["second.weight"], rtol=1e-3)
+    torch.testing.assert_close(weights(model), expected, rtol=0, atol=1e-12)

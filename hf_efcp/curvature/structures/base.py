@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -91,6 +91,18 @@ class Structure:
     def metric_times(self, values: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
         """`MMᵀ @ columns`, columns (d, n)."""
         return self.times_metric(values, columns.T, metric).T
+
+    def metric_times_blocks(self, values: Tensor, blocks: Sequence[Tensor], metric: Tensor | None = None) -> Tensor:
+        """`MMᵀ @ columns`, (d, n), of columns in blocks (d, ·)."""
+        return self.metric_times(values, torch.cat(list(blocks), 1) if len(blocks) > 1 else blocks[0], metric)
+
+    def write_times_metric(
+        self, values: Tensor, rows: Tensor, targets: Sequence[Tensor], metric: Tensor | None = None
+    ) -> None:
+        """`rows @ MMᵀ` into its column blocks, (n, ·), which are overwritten."""
+        product = self.times_metric(values, rows, metric)
+        for target, block in zip(targets, product.split([t.shape[1] for t in targets], 1), strict=True):
+            target.copy_(block)
 
     def scaled(self, values: Tensor, factor: Tensor) -> Tensor:
         """`factor · M`."""

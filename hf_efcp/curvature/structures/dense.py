@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -80,6 +82,27 @@ class Dense(Structure):
             return matrix @ (matrix.T @ columns)
         return self._square(metric) @ columns
 
+    def metric_times_blocks(self, values: Tensor, blocks: Sequence[Tensor], metric: Tensor | None = None) -> Tensor:
+        # Each block's product lies where it belongs: joining a gradient first would copy it.
+        rows = blocks[0].new_empty(self.dim, sum(block.shape[1] for block in blocks))
+        matrix = self._square(values if metric is None else metric)
+        for block, target in zip(blocks, rows.split([block.shape[1] for block in blocks], 1), strict=True):
+            torch.mm(matrix, block if self._is_metric(metric) else matrix.T @ block, out=target)
+        return rows
+
+    def write_times_metric(
+        self, values: Tensor, rows: Tensor, targets: Sequence[Tensor], metric: Tensor | None = None
+    ) -> None:
+        matrix = self._square(values if metric is None else metric)
+        if not self._is_metric(metric):
+            rows, matrix = rows @ matrix, matrix.T
+        for target, columns in zip(targets, matrix.split([t.shape[1] for t in targets], 1), strict=True):
+            torch.mm(rows, columns, out=target)
+
+    def _is_metric(self, metric: Tensor | None) -> bool:
+        """Whether what is multiplied by is MMᵀ itself."""
+        return metric is not None
+
     def shifted(self, moment: Tensor, weight: Tensor | float, damping: Tensor | float) -> Tensor:
         shifted = moment * weight
         self._square(shifted).diagonal().add_(damping)
@@ -119,6 +142,9 @@ class DenseMetric(Dense):
 
     def metric_times(self, values: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
         return self._square(values) @ columns
+
+    def _is_metric(self, metric: Tensor | None) -> bool:
+        return True
 
     def scaled(self, values: Tensor, factor: Tensor) -> Tensor:
         return values * factor.square()
@@ -193,6 +219,20 @@ class Diagonal(Structure):
 
     def metric_times(self, values: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
         return columns * values.square().unsqueeze(1)
+
+    def metric_times_blocks(self, values: Tensor, blocks: Sequence[Tensor], metric: Tensor | None = None) -> Tensor:
+        rows = blocks[0].new_empty(self.dim, sum(block.shape[1] for block in blocks))
+        scale = values.square().unsqueeze(1)
+        for block, target in zip(blocks, rows.split([block.shape[1] for block in blocks], 1), strict=True):
+            torch.mul(block, scale, out=target)
+        return rows
+
+    def write_times_metric(
+        self, values: Tensor, rows: Tensor, targets: Sequence[Tensor], metric: Tensor | None = None
+    ) -> None:
+        widths, scale = [target.shape[1] for target in targets], values.square()
+        for target, block, part in zip(targets, rows.split(widths, 1), scale.split(widths), strict=True):
+            torch.mul(block, part, out=target)
 
     def radius(self, values: Tensor) -> Tensor:
         return values.abs().amax()
