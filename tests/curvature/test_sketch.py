@@ -125,6 +125,30 @@ def test_subspace_update_keeps_the_upper_bound_over_500_drifting_steps(decay):
     assert fast.tail >= 0.9 * exact.tail
 
 
+@pytest.mark.parametrize(
+    ("decay", "repeats", "gap"),
+    [(0.9, False, 1e-6), (1.0, False, 0.1), (1.0, True, 0.15)],
+    ids=["steep", "flat", "same"],
+)
+def test_subspace_update_of_a_large_side_misses_the_bound_by_what_its_docstring_says(decay, repeats, gap):
+    d, b, k, beta2 = 400, 380, 16, 0.99
+    generator = torch.Generator().manual_seed(0)
+    sketch, matrix, gaps = empty(d, k, torch.float32), torch.zeros(d, d, dtype=torch.float64), []
+    drawn = torch.randn(d, b, generator=generator)
+    for t in range(8):
+        gradient = decay ** torch.arange(d)[:, None] * drawn
+        matrix = beta2 * matrix + gradient.double() @ gradient.double().T
+        sketch, _ = subspace_update(sketch, gradient, beta2, beta2, number=t)
+        if t in (0, 2, 7):
+            least = torch.linalg.eigvalsh(covariance(sketch) + sketch.tail * torch.eye(d) - matrix)[0]
+            gaps.append(float(-least / torch.linalg.eigvalsh(matrix)[-1]))
+        drawn = drawn if repeats else torch.randn(d, b, generator=generator)
+    assert max(gaps) <= gap
+    if decay == 1.0:
+        assert gaps[0] > 0.04  # else the docstring is too modest
+        assert (gaps[-1] > gaps[0]) if repeats else max(gaps[1:]) <= 1e-6
+
+
 def test_subspace_update_finds_what_a_sketch_that_is_not_full_lacks():
     """A rank-2 past and a gradient of full rank: all k directions are in use after one update."""
     generator = torch.Generator().manual_seed(0)
