@@ -10,29 +10,46 @@ from torch import Tensor
 from hf_efcp.curvature.structures.base import Structure
 
 _ROWS_IN_CACHE = 256  # of a few hundred entries
-_SMALLEST = 96  # a block of a symmetric product that is computed whole
+_STRIP = 64  # rows of a symmetric product that are computed from the diagonal on
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     """`leftᵀ @ right`, (d, d), where that is known to be symmetric: on the CPU one half is copied from the other."""
+    return symmetric_sum(None, 0.0, left, right, 1.0)
+
+
+def symmetric_sum(
+    base: Tensor | None, beta: Tensor | float, left: Tensor, right: Tensor, alpha: Tensor | float
+) -> Tensor:
+    """`beta·base + alpha·leftᵀ @ right`, (d, d), where base and product are symmetric; no base counts as zero."""
     if left.device.type != "cpu":
-        return left.T @ right
-    product = left.new_empty(left.shape[1], left.shape[1])
-    _fill_symmetric(product, left, right)
-    return product
+        return general_sum(base, beta, left.T, right, alpha)
+    d = left.shape[1]
+    total, beta, alpha = left.new_empty(d, d), float(beta), float(alpha)
+    end = 0
+    while end < d:
+        start, end = end, end + _STRIP if end + 1.5 * _STRIP < d else d
+        rows, strip = left[:, start:end].T, total[start:end, start:]
+        if base is None and alpha == 1:
+            torch.mm(rows, right[:, start:], out=strip)
+        else:
+            old = strip.zero_() if base is None else base[start:end, start:]
+            torch.addmm(old, rows, right[:, start:], beta=beta, alpha=alpha, out=strip)
+        total[end:, start:end] = strip[:, end - start :].T
+    return total
 
 
-def _fill_symmetric(product: Tensor, left: Tensor, right: Tensor) -> None:
-    """Halves again and again: the blocks beside the diagonal are few and large."""
-    d = len(product)
-    if d < 2 * _SMALLEST:
-        torch.mm(left.T, right, out=product)
-        return
-    half = d // 2 // 32 * 32
-    torch.mm(left[:, :half].T, right[:, half:], out=product[:half, half:])
-    product[half:, :half] = product[:half, half:].T
-    _fill_symmetric(product[:half, :half], left[:, :half], right[:, :half])
-    _fill_symmetric(product[half:, half:], left[:, half:], right[:, half:])
+def general_sum(
+    base: Tensor | None, beta: Tensor | float, left: Tensor, right: Tensor, alpha: Tensor | float
+) -> Tensor:
+    """`beta·base + alpha·left @ right`: in one call where the host may read the factors, else in place."""
+    if base is not None and left.device.type == "cpu":
+        return torch.addmm(base, left, right, beta=float(beta), alpha=float(alpha))
+    total = torch.mm(left, right)
+    if base is None:
+        return total if isinstance(alpha, float) and alpha == 1 else total.mul_(alpha)
+    beta = beta if isinstance(beta, Tensor) else torch.full((), beta, dtype=base.dtype, device=base.device)
+    return total.mul_(alpha).addcmul_(base, beta)
 
 
 class Dense(Structure):
@@ -168,17 +185,12 @@ class DenseMetric(Dense):
             lr_cov: β.
             limits: whether β is divided by max(1, ρ(m)).
         """
-        p = self._square(values)
-        damping, b = (
-            x if isinstance(x, Tensor) else torch.full((), x, dtype=p.dtype, device=p.device)
-            for x in (damping, lr_cov / 2)
-        )
-        # In place all along: with matrices this large a new one costs more than the arithmetic on it.
-        pw = torch.mm(p, self._square(moment)).mul_(weight).addcmul_(p, damping)
+        p, b = self._square(values), torch.full((), lr_cov / 2, dtype=values.dtype, device=values.device)
+        pw = general_sum(p, damping, p, self._square(moment), weight)
         if limits:
-            b = b / (self._radius(lambda row: row @ pw - row, pw) / 2).clamp_min(1)
+            b = b / (self._radius(lambda row: torch.addmm(row, row, pw, beta=-1), pw) / 2).clamp_min(1)
         for _ in range(2):
-            p = symmetric_product(pw.T, p).mul_(-b).addcmul_(p, 1 + b)
+            p = symmetric_sum(p, 1 + b, pw.T, p, -b)
         return p.flatten()
 
 
