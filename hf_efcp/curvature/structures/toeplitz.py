@@ -7,7 +7,11 @@ from torch import Tensor
 
 from hf_efcp.curvature.structures.base import Structure
 
-_ODD_PARTS = (1, 3, 5, 9, 15)  # times a power of two: lengths for which the FFT is fast
+_ODD_PARTS = (1, 3, 5, 9, 15, 25)  # times a power of two: lengths for which the FFT is fast
+
+
+_SMALL = 256  # up to this dimension a dense MMᵀ is at hand sooner, and multiplies faster, than FFTs
+_CACHED = 1 << 17  # numbers that a transform, its product and its inverse may have to stay in the CPU's cache
 
 
 def _fast_length(at_least: int) -> int:
@@ -18,8 +22,8 @@ def _fast_length(at_least: int) -> int:
 class TriangularToeplitz(Structure):
     """One coefficient a diagonal: `M[i, j] = c[i − j]` for i ≥ j (lower), or `M[i, j] = c[j − i]` for j ≥ i (upper).
 
-    Every operation is a few FFTs of length 2d; no d×d matrix is ever formed. Products of two such matrices are
-    computed in float64: a rounding error there would stay in the factor.
+    Every operation is a few FFTs of length 2d; no d×d matrix with d > 256 is ever formed. Products of two such
+    matrices are computed in float64: a rounding error there would stay in the factor.
     """
 
     def __init__(self, dim: int, lower: bool):
@@ -46,16 +50,38 @@ class TriangularToeplitz(Structure):
         return self._mean(self._ifft((self._fft(below) * self._fft(above).conj()).sum(0)))
 
     def project(self, rows: Tensor) -> Tensor:
-        return self._projected(self._fft(rows))
+        return self._projected(sum(self._power(self._fft(part)) for part in self._in_cache(rows)))
 
     def moment(self, values: Tensor, rows: Tensor) -> Tensor:
-        if not len(rows):  # which the FFT refuses: a batch without tokens of this layer
-            return torch.zeros_like(values)
-        return self._projected(torch.fft.rfft(self._cut(self._applied(self._fft(values), rows))))
+        spectrum, power = self._fft(values), values.new_zeros(self._length // 2 + 1)
+        for part in self._in_cache(rows):
+            power += self._power(torch.fft.rfft(self._cut(self._applied(spectrum, part))))
+        return self._projected(power)
 
     def times_metric(self, values: Tensor, rows: Tensor, metric: Tensor | None = None) -> Tensor:
-        spectrum = self._fft(values)
-        return self._applied(spectrum, self._cut(self._applied(spectrum, rows)), transpose=True)[:, : self.dim]
+        if self.dim <= _SMALL:
+            return rows @ self._small_metric(values)
+        spectrum, product = self._fft(values), torch.empty_like(rows, memory_format=torch.contiguous_format)
+        for part, target in zip(self._in_cache(rows), self._in_cache(product), strict=True):
+            moved = self._applied(spectrum, self._cut(self._applied(spectrum, part)), transpose=True)
+            target.copy_(moved[:, : self.dim])
+        return product
+
+    def metric_times(self, values: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
+        if self.dim <= _SMALL:
+            return self._small_metric(values) @ columns
+        return super().metric_times(values, columns)
+
+    def _small_metric(self, values: Tensor) -> Tensor:
+        """(d, d) MMᵀ in O(d²): of a lower M by `R[i, j] = R[i − 1, j − 1] + c[i]·c[j]`, of an upper turned round."""
+        d, width = self.dim, 2 * self.dim
+        shifted = torch.cat([values, values.new_zeros(d)]).as_strided((d, d), (1, 1))  # c[i + l], zero from d on
+        sums = values.new_zeros(d, width)
+        torch.cumsum(values.unsqueeze(1) * shifted, 0, out=sums[:, :d])  # R[i, i + l]
+        above = sums.as_strided((d, d), (width - 1, 1))  # R[i, j] for j ≥ i, and zeros that lie before it
+        metric = above + above.T
+        metric.diagonal().mul_(0.5)
+        return metric if self.lower else metric.flip(0, 1)
 
     def gram(self, values: Tensor) -> Tensor:
         """`Σᵢ (MᵀM)[i, i + j] = Σₛ c[s + j]·(d − s − j)·c[s]`, whether M is lower or upper."""
@@ -82,8 +108,16 @@ class TriangularToeplitz(Structure):
         rows[:, self.dim :] = 0
         return rows
 
-    def _projected(self, spectra: Tensor) -> Tensor:
-        power = torch.view_as_real(spectra).square_().sum((0, 2))
+    def _in_cache(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The rows in parts, none if there are none, which the FFT refuses; on a GPU one part."""
+        n_rows = max(1, _CACHED // self._length) if rows.device.type == "cpu" else max(1, len(rows))
+        return rows.split(n_rows) if len(rows) else ()
+
+    def _power(self, spectra: Tensor) -> Tensor:
+        """(length/2 + 1,) squared magnitudes, summed over rows; overwrites `spectra`."""
+        return torch.view_as_real(spectra).square_().sum(0).sum(1)
+
+    def _projected(self, power: Tensor) -> Tensor:
         return self._mean(torch.fft.irfft(power, n=self._length)[: self.dim]) * self.weight(power)
 
     def _mean(self, sums: Tensor) -> Tensor:

@@ -116,6 +116,21 @@ def test_means_and_damped_curvature(name, dim):
         torch.testing.assert_close(structure.metric_times(values, rows.T, metric), product.T)
 
 
+@pytest.mark.parametrize("name", ["triltoeplitz", "triutoeplitz"])
+@pytest.mark.parametrize("dim", [256, 900])
+def test_toeplitz_metric_of_any_size(name, dim):
+    """Dense up to 256, by FFT of more rows than are transformed at a time above."""
+    structure, values = sample(name, dim)
+    matrix, rows = structure.to_dense(values), random(90, dim, seed=3)
+    torch.testing.assert_close(structure.times_metric(values, rows), rows @ matrix @ matrix.T)
+    torch.testing.assert_close(structure.metric_times(values, rows.T), matrix @ matrix.T @ rows.T)
+    moved = rows @ matrix
+    means = [(moved[:, lag:] * moved[:, : dim - lag]).sum() / (dim - lag) for lag in range(dim)]
+    moment = 2 * torch.stack(means)
+    moment[0] /= 2
+    torch.testing.assert_close(structure.moment(values, rows), moment)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_radius_is_the_largest_eigenvalues(name):
     structure, values = sample(name, 13)
