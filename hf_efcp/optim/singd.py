@@ -15,6 +15,7 @@ from hf_efcp.curvature.layers import Layer
 from hf_efcp.optim.adamw import adam_direction, adam_state, can_fuse, fused_step_
 from hf_efcp.optim.apply import move_
 from hf_efcp.optim.options import check_options
+from hf_efcp.optim.singd_batches import refresh_together
 from hf_efcp.optim.singd_layers import SingdLayers
 from hf_efcp.optim.singd_options import SINGD_OPTIONS
 from hf_efcp.optim.singd_state import clip_scale, factors_for_statistics, finite_layers, new_factors
@@ -216,9 +217,9 @@ class SINGD(SingdLayers):
 
     def _refresh(self, statistics: Mapping[Layer, Sums]) -> None:
         """Update the factors of the layers with statistics, each by its owner."""
-        for layer, sums in statistics.items():
-            if layer.weight in self._owners:
-                self._pair(layer).refresh(sums, self._loss_terms)
+        mine = {self._pair(layer): sums for layer, sums in statistics.items() if layer.weight in self._owners}
+        refresh_together(mine, self._loss_terms)
+        for layer in statistics:
             self.state[layer.weight]["refreshes"] += 1
         self._share_factors(statistics)
 

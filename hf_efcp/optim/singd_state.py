@@ -60,6 +60,14 @@ class FactorPair:
         self.layer, self.state, self.options = layer, state, options
         sides = zip(_SIDES, (layer.inputs, layer.outputs), strict=True)
         self._names = [(side, structure, factor_name(side, structure)) for side, structure in sides]
+        stored = [(name, f"{side}_direction", f"{side}_metric") for side, _, name in self._names]
+        self._stored = [name for names in stored for name in dict.fromkeys(names) if name in state]
+        self.kind = tuple((type(s).__name__, str(vars(s))) for s in (layer.inputs, layer.outputs))
+
+    @property
+    def numel(self) -> int:
+        """Stored entries of both factors."""
+        return sum(structure.numel for _, structure, _ in self._names)
 
     def is_of(self, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> bool:
         """Whether these are its state and options, and none that have taken their place since."""
@@ -80,16 +88,45 @@ class FactorPair:
 
     def refresh(self, sums: Sums, loss_terms: Tensor | float | None) -> None:
         """One update of both factors from a step's sums; the caller counts it. What is not finite changes nothing."""
-        options, inputs, outputs = self.options, *self._factors()
-        u, v = self._curvatures(sums, loss_terms)
-        count = int(self.state["refreshes"])
+        self.write(self.updated(self.operands(sums, loss_terms), int(self.state["refreshes"])))
+
+    def operands(self, sums: Sums, loss_terms: Tensor | float | None) -> dict[str, Tensor]:
+        """All tensors that an update reads, in `dtype`: stored ones by their names, U and V with their scales."""
+        dtype = self.dtype
+        tensors = {name: self.state[name].to(dtype) for name in self._stored}
+        for (side, _, _), moment in zip(self._names, self._curvatures(sums, loss_terms), strict=True):
+            scale, like = moment.scale, moment.sums
+            is_tensor = isinstance(scale, Tensor)
+            tensors[f"{side}_moment"] = like
+            tensors[f"{side}_scale"] = scale.to(like) if is_tensor else like.new_full((), scale)
+        return tensors
+
+    def updated(self, tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+        """The stored tensors after update number `count` + 1, of `operands`; a function of these alone."""
+        options = self.options
+        inputs, outputs = self._factors_of(tensors)
+        u, v = (Moment(tensors[f"{side}_moment"], tensors[f"{side}_scale"]) for side in _SIDES)
         if options["warm_start"] and count == 0:
             inputs, outputs = at_starting_scale(inputs, outputs, u, v, options)
         else:
             inputs, outputs = update_factors(inputs, outputs, u, v, options, self._lr_cov(count))
         if options["max_growth"] is not None:
             inputs, outputs = bound_growth(inputs, outputs, options["max_growth"])
-        self._write(inputs, outputs)
+        new = {}
+        for factor, (side, structure, name) in zip((inputs, outputs), self._names, strict=True):
+            new[name] = factor.values
+            if factor.momentum is not None:
+                new[f"{side}_direction"] = factor.momentum
+            if f"{side}_metric" in self._stored and not isinstance(structure, DenseMetric):
+                rounded = factor.values.to(self.state[name].dtype).to(factor.values.dtype)
+                new[f"{side}_metric"] = structure.metric(rounded)
+        return new
+
+    def write(self, new: Mapping[str, Tensor]) -> None:
+        """Store what `updated` returns, all of it or, where factors are not finite, nothing."""
+        finite = torch.stack([new[name].sum() for _, _, name in self._names]).isfinite().all()
+        for name, tensor in new.items():
+            _copy(self.state[name], tensor, finite)
 
     def _lr_cov(self, count: int) -> float:
         """β after `count` updates: a mean over the first ones, where they are to be fast.
@@ -127,22 +164,15 @@ class FactorPair:
         return traces[0] * traces[1]
 
     def _factors(self) -> list[Factor]:
-        factors, dtype = [], self.dtype
-        for side, structure, name in self._names:
-            stored = [self.state.get(name) for name in (name, f"{side}_direction", f"{side}_metric")]
-            stored = [tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype) for tensor in stored]
-            factors.append(Factor(structure, *stored))  # pyright: ignore[reportArgumentType]
-        return factors
+        dtype = self.dtype
+        tensors = {name: self.state[name] for name in self._stored}
+        return self._factors_of({name: t if t.dtype is dtype else t.to(dtype) for name, t in tensors.items()})
 
-    def _write(self, *factors: Factor) -> None:
-        finite = torch.stack([f.values.sum() for f in factors]).isfinite().all()
-        for factor, (side, structure, name) in zip(factors, self._names, strict=True):
-            stored = self.state[name]
-            _copy(stored, factor.values, finite)
-            if factor.momentum is not None:
-                _copy(self.state[f"{side}_direction"], factor.momentum, finite)
-            if factor.metric is not None and not isinstance(structure, DenseMetric):
-                self.state[f"{side}_metric"].copy_(structure.metric(stored.to(self.dtype)))
+    def _factors_of(self, tensors: Mapping[str, Tensor]) -> list[Factor]:
+        return [
+            Factor(structure, tensors[name], tensors.get(f"{side}_direction"), tensors.get(f"{side}_metric"))
+            for side, structure, name in self._names
+        ]
 
 
 def _copy(old: Tensor, value: Tensor, where: Tensor) -> None:

@@ -129,7 +129,7 @@ class Structure:
     def _radius(self, apply: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
         # Multiples of the golden ratio: the same always, and orthogonal to nothing that layers learn.
         row = torch.arange(1, self.dim + 1, dtype=torch.float64, device=like.device).mul(0.6180339887).frac() - 0.5
-        row = row.to(like.dtype).unsqueeze(0)
+        row = row.to(like.dtype).unsqueeze(0) + 0 * like.flatten()[:1]  # one for each matrix of a batch
         for _ in range(_POWER_ITERATIONS):
             row = apply(row / torch.linalg.vector_norm(row).clamp_min(torch.finfo(row.dtype).tiny))
         return torch.linalg.vector_norm(row)

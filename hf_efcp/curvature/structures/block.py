@@ -31,11 +31,8 @@ class BlockDiagonal(Structure):
         blocks, last = self._parts(values)
         if transpose:
             blocks, last = blocks.mT, last.T
-        product = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        (source, tail), (target, end) = self._split(rows), self._split(product)
-        torch.bmm(source, blocks, out=target)
-        torch.mm(tail, last, out=end)
-        return product
+        source, tail = self._split(rows)
+        return torch.cat([(source @ blocks).transpose(0, 1).flatten(1), tail @ last], 1)
 
     def extract(self, left: Tensor, right: Tensor) -> Tensor:
         (left, left_tail), (right, right_tail) = self._split(left), self._split(right)
@@ -61,7 +58,12 @@ class BlockDiagonal(Structure):
         return self._join(blocks @ blocks.mT, last @ last.T)
 
     def times_metric(self, values: Tensor, rows: Tensor, metric: Tensor | None = None) -> Tensor:
-        return self.apply(self.metric(values) if metric is None else metric, rows)
+        blocks, last = self._parts(self.metric(values) if metric is None else metric)
+        product = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        (source, tail), (target, end) = self._split(rows), self._split(product)
+        torch.bmm(source, blocks, out=target)
+        torch.mm(tail, last, out=end)
+        return product
 
     def metric_times(self, values: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
         blocks, last = self._parts(self.metric(values) if metric is None else metric)

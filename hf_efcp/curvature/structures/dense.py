@@ -22,7 +22,7 @@ def symmetric_sum(
     base: Tensor | None, beta: Tensor | float, left: Tensor, right: Tensor, alpha: Tensor | float
 ) -> Tensor:
     """`beta·base + alpha·leftᵀ @ right`, (d, d), where base and product are symmetric; no base counts as zero."""
-    if left.device.type != "cpu":
+    if not _may_read(left):
         return general_sum(base, beta, left.T, right, alpha)
     d = left.shape[1]
     total, beta, alpha = left.new_empty(d, d), float(beta), float(alpha)
@@ -43,13 +43,17 @@ def general_sum(
     base: Tensor | None, beta: Tensor | float, left: Tensor, right: Tensor, alpha: Tensor | float
 ) -> Tensor:
     """`beta·base + alpha·left @ right`: in one call where the host may read the factors, else in place."""
-    if base is not None and left.device.type == "cpu":
+    if base is not None and _may_read(left):
         return torch.addmm(base, left, right, beta=float(beta), alpha=float(alpha))
     total = torch.mm(left, right)
     if base is None:
         return total if isinstance(alpha, float) and alpha == 1 else total.mul_(alpha)
-    beta = beta if isinstance(beta, Tensor) else torch.full((), beta, dtype=base.dtype, device=base.device)
-    return total.mul_(alpha).addcmul_(base, beta)
+    return total.mul_(alpha).add_(base * beta)  # `addcmul_` has no batching rule
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """Whether the host may read numbers: on the CPU, unless `vmap` runs a batch of matrices at once."""
+    return tensor.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(tensor)
 
 
 class Dense(Structure):

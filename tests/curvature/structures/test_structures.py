@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_efcp.curvature.structures import make_structure
+from hf_efcp.curvature.kronecker import Factor, Moment, update_factors
+from hf_efcp.curvature.structures import DenseMetric, make_structure
 
 NAMES = [
     "dense",
@@ -129,6 +130,27 @@ def test_toeplitz_metric_of_any_size(name, dim):
     moment = 2 * torch.stack(means)
     moment[0] /= 2
     torch.testing.assert_close(structure.moment(values, rows), moment)
+
+
+@pytest.mark.parametrize("name", ["dense", "diagonal", "block4diagonal", "hierarchical2_3", "triltoeplitz"])
+@pytest.mark.parametrize("options", [{"kfac_like": True}, {"kfac_like": False}])
+def test_layers_of_one_shape_are_updated_as_a_batch(name, options):
+    """`vmap` over layers gives what each gives by itself."""
+    stores_metric = name == "dense" and options["kfac_like"]
+    inputs, outputs = (DenseMetric(dim) if stores_metric else make_structure(name, dim) for dim in (13, 6))
+    rules = {"damping": 0.1, "alpha1": 0.5, "normalize_lr_cov": False, "limit_lr_cov": True, **options}
+
+    def updated(k, c, u, v, scale):
+        sides = Factor(inputs, k, 0.1 * k), Factor(outputs, c, 0.1 * c)
+        return [side.values for side in update_factors(*sides, Moment(u, scale), Moment(v, scale), rules, 0.1)]
+
+    k, c = random(3, inputs.numel), random(3, outputs.numel, seed=1)
+    u = torch.stack([inputs.moment(one, random(9, 13, seed=n)) for n, one in enumerate(k)])
+    v = torch.stack([outputs.moment(one, random(9, 6, seed=n)) for n, one in enumerate(c)])
+    scale = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    batch = torch.vmap(updated)(k, c, u, v, scale)
+    alone = [updated(*layer) for layer in zip(k, c, u, v, scale, strict=True)]
+    torch.testing.assert_close(batch, [torch.stack(side) for side in zip(*alone, strict=True)])
 
 
 @pytest.mark.parametrize("name", NAMES)
