@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hf_efcp.curvature.structures.base import Structure
+from hf_efcp.curvature.structures.dense import symmetric_product
 
 _ODD_PARTS = (1, 3, 5, 9, 15, 25)  # times a power of two: lengths for which the FFT is fast
-
-
-_SMALL = 256  # up to this dimension a dense MMᵀ is at hand sooner, and multiplies faster, than FFTs
+_SMALL = 256  # up to this dimension dense matrices are at hand sooner, and multiply faster, than FFTs
+_BLOCK = 48  # columns at a time of such an MMᵀ
 _CACHED = 1 << 17  # numbers that a transform, its product and its inverse may have to stay in the CPU's cache
 
 
@@ -22,13 +23,15 @@ def _fast_length(at_least: int) -> int:
 class TriangularToeplitz(Structure):
     """One coefficient a diagonal: `M[i, j] = c[i − j]` for i ≥ j (lower), or `M[i, j] = c[j − i]` for j ≥ i (upper).
 
-    Every operation is a few FFTs of length 2d; no d×d matrix with d > 256 is ever formed. Products of two such
-    matrices are computed in float64: a rounding error there would stay in the factor.
+    Every operation is a few FFTs of length 2d; no d×d matrix with d > 256 is ever formed. Up to there a moment is
+    `Σ aaᵀ`, which layers with the same rows share. Products of two such matrices are computed in float64: a rounding
+    error there would stay in the factor.
     """
 
     def __init__(self, dim: int, lower: bool):
         super().__init__(dim)
         self.numel, self.lower = dim, lower
+        self.sums_raw = dim <= _SMALL
         self._length = _fast_length(2 * dim - 1)  # no wrap-around
 
     def identity(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -53,13 +56,32 @@ class TriangularToeplitz(Structure):
         return self._projected(sum(self._power(self._fft(part)) for part in self._in_cache(rows)))
 
     def moment(self, values: Tensor, rows: Tensor) -> Tensor:
+        if self.sums_raw:
+            return symmetric_product(rows, rows).flatten()
         spectrum, power = self._fft(values), values.new_zeros(self._length // 2 + 1)
         for part in self._in_cache(rows):
             power += self._power(torch.fft.rfft(self._cut(self._applied(spectrum, part))))
         return self._projected(power)
 
+    def moment_trace(self, moment: Tensor) -> Tensor:
+        return moment.view(self.dim, self.dim).diagonal().mean()
+
+    def shifted(self, moment: Tensor, weight: Tensor | float, damping: Tensor | float) -> Tensor:
+        shifted = moment * weight
+        shifted.view(self.dim, self.dim).diagonal().add_(damping)
+        return shifted
+
+    def finish(self, values: Tensor, moment: Tensor) -> Tensor:
+        if not self.sums_raw:
+            return moment
+        matrix = self._small_matrix(values)
+        moved = symmetric_product(moment.view(self.dim, self.dim) @ matrix, matrix)
+        # Row i moved left by i: all of a diagonal lies in one column, and zeros from below it.
+        diagonals = functional.pad(moved.triu_(), (0, self.dim)).as_strided(moved.shape, (2 * self.dim + 1, 1))
+        return self._mean(diagonals.sum(0)) * self.weight(values)
+
     def times_metric(self, values: Tensor, rows: Tensor, metric: Tensor | None = None) -> Tensor:
-        if self.dim <= _SMALL:
+        if self.sums_raw:
             return rows @ self._small_metric(values)
         spectrum, product = self._fft(values), torch.empty_like(rows, memory_format=torch.contiguous_format)
         for part, target in zip(self._in_cache(rows), self._in_cache(product), strict=True):
@@ -68,19 +90,27 @@ class TriangularToeplitz(Structure):
         return product
 
     def metric_times(self, values: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
-        if self.dim <= _SMALL:
+        if self.sums_raw:
             return self._small_metric(values) @ columns
         return super().metric_times(values, columns)
 
+    def _small_matrix(self, values: Tensor) -> Tensor:
+        """(d, d) M."""
+        upper = functional.pad(values, (self.dim - 1, 0)).unfold(0, self.dim, 1).flip(0)
+        return upper.T if self.lower else upper
+
     def _small_metric(self, values: Tensor) -> Tensor:
-        """(d, d) MMᵀ in O(d²): of a lower M by `R[i, j] = R[i − 1, j − 1] + c[i]·c[j]`, of an upper turned round."""
-        d, width = self.dim, 2 * self.dim
-        shifted = torch.cat([values, values.new_zeros(d)]).as_strided((d, d), (1, 1))  # c[i + l], zero from d on
-        sums = values.new_zeros(d, width)
-        torch.cumsum(values.unsqueeze(1) * shifted, 0, out=sums[:, :d])  # R[i, i + l]
-        above = sums.as_strided((d, d), (width - 1, 1))  # R[i, j] for j ≥ i, and zeros that lie before it
-        metric = above + above.T
-        metric.diagonal().mul_(0.5)
+        """(d, d) MMᵀ of k-column products alone.
+
+        With F the first k columns of a lower M, `MMᵀ[i, j] = FFᵀ[i, j] + MMᵀ[i − k, j − k]`; an upper one is turned
+        round.
+        """
+        matrix = self._small_matrix(values)
+        columns = (matrix if self.lower else matrix.flip(0, 1))[:, :_BLOCK]
+        metric = columns @ columns.T
+        for start in range(_BLOCK, self.dim, _BLOCK):
+            rows = metric[start : start + _BLOCK, _BLOCK:]
+            rows += metric[start - _BLOCK : start - _BLOCK + len(rows), : self.dim - _BLOCK]
         return metric if self.lower else metric.flip(0, 1)
 
     def gram(self, values: Tensor) -> Tensor:
