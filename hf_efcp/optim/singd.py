@@ -187,7 +187,8 @@ class SINGD(SingdLayers):
 
     def _accepted_step(self, accept: Tensor) -> None:
         self._schedule_lr_cov()
-        self._refresh(self._statistics())
+        statistics = self._statistics()  # kept until the factors are done
+        self._refresh(statistics)
         directions = self._directions()
         scale = clip_scale(directions, self.param_groups[0]["lr"], self.defaults, self._owners.group.sum_)
         if scale is not None:
@@ -221,12 +222,18 @@ class SINGD(SingdLayers):
         refresh_together(mine, self._loss_terms)
         for layer in statistics:
             self.state[layer.weight]["refreshes"] += 1
+        for pair in mine if self._is_divided else ():
+            pair.wait()
         self._share_factors(statistics)
 
     def _directions(self) -> dict[Layer, list[Tensor]]:
         """What the gradients of this rank's layers are preconditioned to."""
-        pairs = {layer: self._pair(layer) for layer in self._own_layers() if layer.weight.grad is not None}
-        return {layer: pair.directions() for layer, pair in pairs.items() if pair.has_statistics}
+        directions = {}
+        for layer, pair in [(layer, self._pair(layer)) for layer in self._own_layers()]:
+            if layer.weight.grad is not None and pair.has_statistics:
+                directions[layer] = pair.directions()
+            pair.wait()
+        return directions
 
     def _momentum_of_layer(self, layer: Layer, parts: list[Tensor], finite: Tensor) -> dict[Tensor, Tensor]:
         """Momentum and length of a layer's step; one whose direction overflowed stays, but for its decay."""

@@ -58,6 +58,7 @@ class FactorPair:
 
     def __init__(self, layer: Layer, state: dict[str, Tensor], options: Mapping[str, Any]):
         self.layer, self.state, self.options = layer, state, options
+        self.done: torch.cuda.Event | None = None  # an update on another stream
         sides = zip(_SIDES, (layer.inputs, layer.outputs), strict=True)
         self._names = [(side, structure, factor_name(side, structure)) for side, structure in sides]
         stored = [(name, f"{side}_direction", f"{side}_metric") for side, _, name in self._names]
@@ -151,12 +152,19 @@ class FactorPair:
 
     def directions(self) -> list[Tensor]:
         """`CCᵀ G KKᵀ` of the layer's gradients in `dtype`, shaped as its parameters."""
+        self.wait()
         layer, dtype = self.layer, self.dtype
         bias = None if layer.bias is None else layer.bias.grad
         blocks = [block.to(dtype) for block in layer.matrices(layer.weight.grad, bias)]  # pyright: ignore[reportArgumentType]
         parts = [p.new_empty(p.shape, dtype=dtype) for p in layer.parameters]
         precondition(blocks, *self._factors(), layer.matrices(*parts, *([None] if len(parts) == 1 else [])))
         return parts
+
+    def wait(self) -> None:
+        """Let the current stream come after an update on another one; the host goes on."""
+        if self.done is not None:
+            torch.cuda.current_stream(self.layer.weight.device).wait_event(self.done)
+            self.done = None
 
     def growth(self) -> Tensor:
         """() `τ(KKᵀ)·τ(CCᵀ)`: how much longer a mean step is than SGD's."""

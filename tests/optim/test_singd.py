@@ -1,5 +1,6 @@
 """SINGD against the paper's equations in float64, and the identities that follow from them."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from oracle_singd import DenseLayer, moments
 from torch import nn
 
+from hf_efcp.optim import singd_batches
 from hf_efcp.optim.singd import SINGD
 from hf_efcp.optim.singd_state import FactorPair
 
@@ -198,3 +200,42 @@ def test_kept_metrics_are_the_factors_product(cached):
     train(model, SINGD(model, **PLAIN, cache_metrics=cached), range(5))
     train(reference, SINGD(reference, **PLAIN), range(5))
     torch.testing.assert_close(parameters(model), parameters(reference), rtol=1e-10, atol=1e-12)
+
+
+def test_factors_are_updated_beside_the_main_stream_where_there_are_streams(monkeypatch):
+    """The side stream waits for the main one, and that one for it before factors are read; nothing else differs."""
+    told = []
+
+    class Stream(contextlib.nullcontext):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} after {other.name}")
+
+        def record_event(self):
+            told.append(f"{self.name} done")
+            return self.name
+
+        def wait_event(self, event):
+            told.append(f"{self.name} after {event}")
+
+    def trained():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2)).double()
+        optimizer = SINGD(model, lr=0.1, T=2, structures="diagonal")
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(8, 5, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        return list(model.parameters())
+
+    expected = trained()
+    monkeypatch.setattr(singd_batches, "_has_streams", lambda device: True)
+    monkeypatch.setattr(singd_batches, "_side_stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    torch.testing.assert_close(trained(), expected, rtol=0, atol=0)
+    batches, layers = 2, 3
+    assert told == (["side after main", "side done"] * batches + ["main after side"] * layers) * 2
