@@ -2,7 +2,8 @@
 
 AdamW's best validation loss on a task is the lowest of its curve, the mean over seeds, at its best learning rate;
 another optimizer's steps to it are those of the first evaluation whose mean loss is no higher. Both count from the same
-seeds and at evaluated steps, without interpolation. Points are hundredths of the metric at the last step.
+seeds and at evaluated steps, without interpolation. Points are hundredths of the metric at the last step. A task that
+AdamW does not learn has a best loss that is chance, and is not compared.
 """
 
 from __future__ import annotations
@@ -99,6 +100,18 @@ def best(results: Mapping[float, Result]) -> Result | None:
     )
 
 
+def learns(result: Result) -> bool:
+    """Whether the curve falls below its first evaluation by more than the standard deviation over the seeds."""
+    spread = statistics.stdev(result.lowest) if len(result.records) > 1 else 0.0
+    return result.curve[0] - min(result.curve) > spread
+
+
+def unlearned(records: Sequence[Record]) -> list[str]:
+    """The tasks that AdamW ran and did not learn, at its best learning rate."""
+    found = {task: result_of(records, task, BASELINE, "own") for task in TASKS}
+    return [task for task, result in found.items() if result and not learns(result)]
+
+
 def steps_to(result: Result, base: Result) -> float | None:
     """Steps to the lowest loss of `base` as a share of its own steps to it; `None` where it is never reached."""
     common = result.seeds & base.seeds
@@ -191,13 +204,17 @@ HEADER = ("optimizer", "learning rate", "tasks", "AdamW's best loss reached", "s
 
 
 def summary(records: Sequence[Record]) -> str:
-    """A row an optimizer: steps and seconds to AdamW's best loss, points, memory, sensitivity to the learning rate."""
+    """A row an optimizer: steps and seconds to AdamW's best loss, points, memory, sensitivity to the learning rate.
+
+    Over the tasks that AdamW learns.
+    """
     rows = [HEADER]
+    left_out = unlearned(records)
     for optimizer, choice in entries(records):
         pairs = {}
         for task in TASKS:
             result, base = (result_of(records, task, o, c) for o, c in ((optimizer, choice), (BASELINE, "own")))
-            if result and base and result.seeds & base.seeds:
+            if result and base and result.seeds & base.seeds and task not in left_out:
                 pairs[task] = result, base
         if pairs:
             rows.append([f"`{optimizer}`", choice, *_figures(pairs), _octaves(records, optimizer), _memory(pairs)])

@@ -13,7 +13,19 @@ from matplotlib.image import imread
 from quality_pictures import draw, draw_overview
 from quality_report import BEGIN, END, published, study, update_readme
 from quality_runs import REPOSITORY, Run, find, read
-from quality_tables import best, by_rate, gained, per_task, result_of, seconds_to, steps_to, summary, whole, width
+from quality_tables import (
+    best,
+    by_rate,
+    gained,
+    per_task,
+    result_of,
+    seconds_to,
+    steps_to,
+    summary,
+    unlearned,
+    whole,
+    width,
+)
 
 from hf_efcp.optim.registry import get_spec
 
@@ -112,6 +124,19 @@ def test_steps_to_adamws_best_loss():
     assert steps_to(results(record("sgd", loss=(2.0, 1.0, 0.9, 0.8))), base) == pytest.approx(2 / 3)
     assert steps_to(results(record("sgd", loss=(2.0, 1.1, 1.1, 1.01))), base) is None
     assert steps_to(base, base) == 1.0
+
+
+def test_a_task_that_adamw_does_not_learn_is_named_and_not_compared():
+    """Its curve falls by 0.01, its seeds are 0.02 apart; with seeds alike the same fall counts."""
+    flat = [record(rate=1e-3 * 2**i, seed=s, loss=(1.01 + s / 50, 1 + s / 50, 2, 2)) for i in range(4) for s in (0, 1)]
+    alike = [record(rate=1e-3 * 2**i, seed=s, loss=(1.01, 1, 2, 2)) for i in range(4) for s in (0, 1)]
+    ours = record("efcp_mfac", settings={"window": 32})
+    assert unlearned([*flat, ours]) == ["digits"]
+    assert "efcp_mfac" not in summary([*flat, ours])
+    assert unlearned([*alike, ours]) == []
+    assert "efcp_mfac" in summary([*alike, ours])
+    assert "Not counted: digits" in published([*flat, ours])
+    assert "All tasks count" in published([*alike, ours])
 
 
 def test_seconds_count_to_the_same_evaluations():
