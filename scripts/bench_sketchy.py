@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hf_efcp.optim import SketchyShampoo
 from hf_efcp.optim.partition import partition
-from hf_efcp.optim.sketch_state import BlockSketches
+from hf_efcp.optim.sketch_state import BlockSketches, Due
 
 
 class FullShampoo:
@@ -84,7 +84,7 @@ def sketchy_times(shape: tuple[int, int], repeats: int, **options: object) -> tu
     sketches = BlockSketches([optimizer.state[weight]], 0, block, optimizer.defaults, accept=None)
     seeds = itertools.count(1)
     return {
-        "update": milliseconds(lambda: sketches.update(weight.grad[None], next(seeds)), repeats, new_gradient),
+        "update": milliseconds(lambda: sketches.update(weight.grad[None], Due(next(seeds), 1)), repeats, new_gradient),
         "apply": milliseconds(lambda: sketches.precondition(weight.grad[None]), repeats, new_gradient),
         "step": milliseconds(optimizer.step, repeats, new_gradient),
     }, optimizer

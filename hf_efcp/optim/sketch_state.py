@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,24 @@ def new_sketches(blocks: Sequence[Block], options: Mapping[str, Any], parameter:
     return state
 
 
+class Due(NamedTuple):
+    """An update of the sketches: how many were before it, and the steps since the last."""
+
+    number: int
+    steps: int
+
+
+def due_update(count: int, options: Mapping[str, Any]) -> Due | None:
+    """The update after `count` steps, if due: in the first `warm_steps` always, then at every `update_freq`-th."""
+    warm, every = options["warm_steps"], options["update_freq"]
+    if count < warm:
+        return Due(count, 1)
+    if count % every:
+        return None
+    later = count // every - -(-warm // every)  # multiples of update_freq from warm_steps on, before this one
+    return Due(warm + later, min(every, count - warm + 1) if warm else every)
+
+
 class BlockSketches:
     """The sketches of one block of some parameters of equal shape.
 
@@ -64,21 +82,17 @@ class BlockSketches:
         self.states, self.number, self.block = states, number, block
         self.options, self.accept = options, accept
 
-    def update(self, gradient: Tensor, number: int) -> list[Tensor | None]:
-        """Take a gradient into the sketches.
-
-        Args:
-            gradient: (n, *block.shape), not written to.
-            number: of updates before.
+    def update(self, gradient: Tensor, due: Due) -> list[Tensor | None]:
+        """Take a gradient, (n, *block.shape) and not written to, into the sketches.
 
         Returns:
             for `precondition`: `UᵀG` of each axis, where it comes for free.
         """
         if self.options["tail"] == "trace" and self.block.axes:
-            self._copy(f"trace_{self.number}", self._decay * self._trace + _square_norm(gradient))
+            self._copy(f"trace_{self.number}", self._decay(due) * self._trace + _square_norm(gradient))
         projections = []
         for axis in self.block.axes:
-            sketch, projection = self._updated(self._read(axis), unfold(gradient, axis), number)
+            sketch, projection = self._updated(self._read(axis), unfold(gradient, axis), due)
             self._write(axis, sketch)
             # A basis that is stored rounded is not the one of the projection.
             projections.append(projection if sketch.basis.dtype is gradient.dtype else None)
@@ -107,17 +121,16 @@ class BlockSketches:
             roots.append((axis, root))
         return precondition(gradient, roots, found)
 
-    def _updated(self, sketch: Sketch, matrix: Tensor, number: int) -> tuple[Sketch, Tensor | None]:
-        beta2 = self._decay
+    def _updated(self, sketch: Sketch, matrix: Tensor, due: Due) -> tuple[Sketch, Tensor | None]:
+        beta2 = self._decay(due)
         tail_decay = beta2**0.5 if self.options["tail_decay"] == "sqrt" else beta2
         if self.options["sketch_update"] == "exact" or is_cheap_exactly(*matrix.shape[-2:], sketch.basis.shape[-1]):  # pyright: ignore[reportCallIssue]
             return exact_update(sketch, matrix, beta2, tail_decay), None
-        return subspace_update(sketch, matrix, beta2, tail_decay, number)
+        return subspace_update(sketch, matrix, beta2, tail_decay, due.number)
 
-    @property
-    def _decay(self) -> float:
+    def _decay(self, due: Due) -> float:
         """β₂ of an update."""
-        return self.options["beta2"] ** (self.options["update_freq"] if self.options["beta2_per_step"] else 1)
+        return self.options["beta2"] ** (due.steps if self.options["beta2_per_step"] else 1)
 
     @property
     def _trace(self) -> Tensor:

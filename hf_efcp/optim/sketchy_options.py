@@ -19,6 +19,7 @@ SHAMPOO_OPTIONS = (
     Option("epsilon", float, "ε added to the sketch's eigenvalues", low=0, source="precondition"),
     Option("relative_epsilon", bool, "ε in units of the largest eigenvalue", source="precondition"),
     Option("update_freq", int, "steps between updates of the sketches", low=1, high=1_000_000, source=_SKETCHY),
+    Option("warm_steps", int, "first steps that all update the sketches", low=0, high=1 << 30, source=_HERE),
     Option("beta2_per_step", bool, "β₂ to the power update_freq at each update, so that it counts steps", source=_HERE),
     Option(
         "sketch_update",

@@ -14,7 +14,7 @@ from hf_efcp.optim.options import check_options
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
 from hf_efcp.optim.partition import Slices, find_slices, long_axes, partition, without_zeros
 from hf_efcp.optim.rounding import exactly
-from hf_efcp.optim.sketch_state import BlockSketches, compute_dtype, new_sketches, storage_dtype
+from hf_efcp.optim.sketch_state import BlockSketches, compute_dtype, due_update, new_sketches, storage_dtype
 from hf_efcp.optim.sketchy_options import SHAMPOO_OPTIONS
 
 _BATCH_NUMEL = 1 << 26  # entries of equal shapes that are stepped together off the CPU: 256 MB a copy
@@ -42,6 +42,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         beta2: decay of the sums; 1 sums. There is no factor `1 − β₂`.
         epsilon: ε of `(C + ρI + εI)^{-1/p}`, in units of the largest eigenvalue with `relative_epsilon`.
         update_freq: steps between updates of the sketches; gradients between are preconditioned and not sketched.
+        warm_steps: first steps that all update the sketches.
         beta2_per_step: whether an update decays by `β₂^update_freq`, or by β₂ as published.
         sketch_update: `"exact"`, or `"subspace"`: one block power step, an order faster for wide gradients.
         tail_decay: `"linear"` decays ρ by β₂; `"sqrt"`, as one published code does, is for comparison only.
@@ -81,6 +82,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         epsilon: float = 1e-7,
         relative_epsilon: bool = True,
         update_freq: int = 1,
+        warm_steps: int = 0,
         beta2_per_step: bool = True,
         sketch_update: str = "exact",
         tail_decay: str = "linear",
@@ -169,7 +171,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         """Preconditioned gradients, of the same shape."""
         options = self.defaults
         states = [self.state[p] for p in params]
-        count = int(states[0]["step"])
+        due = due_update(int(states[0]["step"]), options)
         blocks = self._blocks(params[0])
         lengths = [d for d, whole in zip(gradients.shape[1:], params[0].shape, strict=True) if whole != 1]
         squeezed = gradients.view(len(params), *(lengths or [1]))
@@ -177,8 +179,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         for place, block in enumerate(blocks):
             part = squeezed[(slice(None), *block.slices)]
             sketches = BlockSketches(states, place, block, options, self._mask(accept))
-            number, between = divmod(count, options["update_freq"])
-            projections = None if between else sketches.update(part, number)
+            projections = sketches.update(part, due) if due else None
             parts.append(sketches.precondition(part, projections))
         if len(parts) == 1:
             return parts[0].reshape(gradients.shape)
