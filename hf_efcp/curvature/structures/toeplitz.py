@@ -76,8 +76,8 @@ class TriangularToeplitz(Structure):
             return moment
         matrix = self._small_matrix(values)
         moved = symmetric_product(moment.view(self.dim, self.dim) @ matrix, matrix)
-        # Row i moved left by i: all of a diagonal lies in one column, and zeros from below it.
-        diagonals = functional.pad(moved.triu_(), (0, self.dim)).as_strided(moved.shape, (2 * self.dim + 1, 1))
+        # Row i moved left by i: all of a diagonal lies in one column, and zeros from below it. `vmap` has no `triu_`.
+        diagonals = functional.pad(moved.triu(), (0, self.dim)).as_strided(moved.shape, (2 * self.dim + 1, 1))
         return self._mean(diagonals.sum(0)) * self.weight(values)
 
     def times_metric(self, values: Tensor, rows: Tensor, metric: Tensor | None = None) -> Tensor:
