@@ -33,7 +33,6 @@ _PUBLISHED_SHAMPOO = {
     "rank": 256,
     "block_size": 1024,
     "update_freq": 10,
-    "warm_steps": 0,
     "beta2_per_step": False,
     "sketch_update": "exact",
     "grafting": "rmsprop",
@@ -149,7 +148,6 @@ register(
         defaults={
             "rank": 32,
             "update_freq": 10,
-            "warm_steps": 20,
             "sketch_update": "subspace",
             "scaling": "adafactor",
             "momentum": 0.9,
