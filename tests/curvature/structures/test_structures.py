@@ -191,6 +191,17 @@ def test_projected_step_keeps_the_metric_to_first_order():
     torch.testing.assert_close(linear[kept], 2 * symmetric[kept])
 
 
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_curvatures_of_several_layers_at_once(name):
+    """As one batch, by operations that `torch.vmap` knows: it warns of others."""
+    structure = make_structure(name, 13)
+    values, rows = random(3, structure.numel), random(3, 4, 13, seed=1)
+    moments = torch.stack([structure.moment(*each) for each in zip(values, rows, strict=True)])
+    alone = [structure.damped(v, moment, 0.3, 0.2) for v, moment in zip(values, moments, strict=True)]
+    together = torch.vmap(lambda v, moment: structure.damped(v, moment, 0.3, 0.2))(values, moments)
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
 def test_toeplitz_forms_no_square_matrix():
     """A dense 60 000 × 60 000 matrix would take 14 GB."""
     structure = make_structure("triltoeplitz", 60_000)
