@@ -163,8 +163,16 @@ def _others(tensor: Tensor, each: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis for axis in range(1, tensor.ndim) if axis - 1 not in each)
 
 
-def graft_step(kind: str, moments: Moments, gradient: Tensor, correction: float) -> Tensor:
-    """The step whose norm `graft_norm` gives, a new tensor."""
+def graft_step(kind: str, moments: Moments, gradient: Tensor, correction: float, floor: float = 0.0) -> Tensor:
+    """The step whose norm `graft_norm` gives, a new tensor.
+
+    `floor` is added to each entry's mean square, in units of the parameter's largest: entries that are nothing but
+    rounding, as a bias of attention's keys, stay small.
+    """
+    if floor and moments.mean_square is not None and gradient.numel():
+        square = moments.mean_square
+        largest = square.reshape(len(square), -1).amax(1).view(-1, *[1] * (square.ndim - 1))
+        moments = moments._replace(mean_square=square + floor * largest)
     if moments.mean_square is not None or moments.row is not None:
         return gradient * (correction * moments.inverse()).sqrt().to(gradient.dtype)
     if kind == "rms":

@@ -18,6 +18,7 @@ from hf_efcp.optim.sketch_state import BlockSketches, compute_dtype, due_update,
 from hf_efcp.optim.sketchy_options import SHAMPOO_OPTIONS
 
 _BATCH_NUMEL = 1 << 26  # entries of equal shapes that are stepped together off the CPU: 256 MB a copy
+_FLOOR = 1e-8  # of a vector's largest mean square: entries 1e-4 as long as the largest take half a step
 _CPU_BATCH_NUMEL = 1 << 17
 _SCALE = "update_"  # before the names of what `scaling` remembers
 
@@ -221,7 +222,8 @@ class SketchyShampoo(ParameterwiseOptimizer):
         update_moments_(states, square, beta2, self._mask(accept), slices)
         taken = count - options["start_preconditioning_step"] + 1
         correction = 1.0 if beta2 == 1 else 1 - beta2**taken
-        return graft_step("adafactor", Moments.of(states, slices, params[0].shape), updates, correction)
+        moments = Moments.of(states, slices, params[0].shape)
+        return graft_step("adafactor", moments, updates, correction, floor=_FLOOR)
 
     def _apply(
         self,
