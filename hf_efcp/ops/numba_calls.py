@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from torch import Tensor
 
 # A tenth of a millisecond's work, in entries: below, waking a thread costs more than it saves.
 WORTH_A_THREAD = 1 << 18
+PORTIONS = 8  # of a thread's work
 N_PARTS = 64  # over which sums of blocks are taken, whatever the number of threads
 
 _BITS = {torch.bfloat16: torch.uint16, torch.int16: torch.uint16}
@@ -33,14 +35,24 @@ def array(tensor: Tensor | None) -> np.ndarray | None:
 
 
 def share(kernel: Callable[..., None], n_units: int, work: int, *arguments: Any) -> None:
-    """Call `kernel(start, stop, *arguments)` for all units, on as many threads as the work is worth."""
+    """Call `kernel(start, stop, *arguments)` for all units, on as many threads as the work is worth.
+
+    Each thread takes the next of a few portions when it is done with one: a sleeping core wakes milliseconds late.
+    """
     n_threads = max(1, min(torch.get_num_threads(), n_units, work // WORTH_A_THREAD))
-    bounds = [n_units * i // n_threads for i in range(n_threads + 1)]
-    others = []
-    if n_threads > 1:
-        pool = _threads(n_threads - 1, os.getpid())
-        others = [pool.submit(kernel, bounds[i], bounds[i + 1], *arguments) for i in range(1, n_threads)]
-    kernel(bounds[0], bounds[1], *arguments)
+    if n_threads == 1:
+        kernel(0, n_units, *arguments)
+        return
+    n_portions = min(n_units, PORTIONS * n_threads)
+    bounds = [n_units * i // n_portions for i in range(n_portions + 1)]
+    portions = iter(list(itertools.pairwise(bounds)))  # taking the next one is atomic
+
+    def run() -> None:
+        for start, stop in portions:
+            kernel(start, stop, *arguments)
+
+    others = [_threads(n_threads - 1, os.getpid()).submit(run) for _ in range(n_threads - 1)]
+    run()
     for other in others:
         other.result()
 
