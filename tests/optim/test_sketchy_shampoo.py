@@ -1,7 +1,5 @@
 """S-Shampoo's updates against float64 references, and what its options cost and do."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,15 +48,6 @@ def test_full_sketch_between_updates_is_the_paper_s(shape, rank):
     expected = s_shampoo(gradients, rank, 0.9, update_freq=3)
     for ours, paper in zip(updates(gradients, rank=rank, beta2=0.9, update_freq=3), expected, strict=True):
         torch.testing.assert_close(ours, paper, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize(("warm", "every"), [(0, 1), (0, 4), (3, 4), (4, 4), (9, 4), (5, 1)])
-def test_updates_are_due_at_warm_steps_and_multiples(warm, every):
-    counts = [count for count in range(40) if count < warm or count % every == 0]
-    due = [due_update(count, {"warm_steps": warm, "update_freq": every}) for count in range(40)]
-    assert [count for count in range(40) if due[count]] == counts
-    assert [due[count].number for count in counts] == list(range(len(counts)))
-    assert [due[count].steps for count in counts[1:]] == [b - a for a, b in itertools.pairwise(counts)]
 
 
 def test_warm_steps_are_those_of_updates_at_each_step():
