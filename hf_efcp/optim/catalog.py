@@ -39,6 +39,7 @@ _PUBLISHED_SHAMPOO = {
     "scaling": "none",
     "momentum": 0.9,
     "ema": False,
+    "cautious": False,
     "momentum_dtype": "float32",
 }
 
@@ -152,6 +153,7 @@ register(
             "scaling": "adafactor",
             "momentum": 0.9,
             "ema": True,
+            "cautious": True,
             "momentum_dtype": "bfloat16",
         },
         presets={"paper": _PUBLISHED_SHAMPOO},

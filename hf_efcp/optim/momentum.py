@@ -1,4 +1,4 @@
-"""Heavy ball, Nesterov's, and their averages: from updates to steps of weights."""
+"""Heavy ball, Nesterov's, and their averages: from updates to steps of weights, cautious ones too."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hf_efcp.ops import entries_per_pass
 from hf_efcp.optim.partition import Slices
 
 _CHUNK = 1 << 17  # entries at a time: temporaries stay in cache
+_BOLD = 2**0.5  # where half of the entries agree, a cautious step is as long as before
 
 
 class Momentum(NamedTuple):
@@ -30,6 +31,16 @@ class Momentum(NamedTuple):
         return cls(factor, 1 - factor, nesterov, 1 - factor ** (count + nesterov))
 
 
+def cautious(step: Tensor, gradient: Tensor) -> Tensor:
+    """The step without what goes up its gradient, the rest of it √2 times as long (after arXiv 2411.16085).
+
+    Entries whose gradient is 0 stay as they are. The factor is fixed, where the paper's is one over the share of
+    entries that agree: a step keeps its length if half of them do, and what a rank or a block does depends on no other.
+    """
+    agreement = torch.sign(step).mul_(torch.sign(gradient))
+    return step * torch.where(agreement > 0, _BOLD, 1.0).mul_(agreement >= 0).to(step.dtype)
+
+
 def step_(weight: Tensor, update: Tensor, lr: float, accept: Tensor | None, slices: Slices | None) -> None:
     """`w ← w − lr·u`.
 
@@ -44,26 +55,41 @@ def step_(weight: Tensor, update: Tensor, lr: float, accept: Tensor | None, slic
 
 
 def momentum_step_(
-    weight: Tensor, buffer: Tensor, update: Tensor, lr: float, rule: Momentum, accept: Tensor | None
+    weight: Tensor,
+    buffer: Tensor,
+    update: Tensor,
+    lr: float,
+    rule: Momentum,
+    accept: Tensor | None,
+    gradient: Tensor | None,
 ) -> None:
     """The step of `rule`, which changes `buffer`, float32 or bfloat16; computed in the dtype of the update.
 
     Args:
         accept: () bool, where false nothing moves; `None` counts as true.
+        gradient: the step is `cautious` of it; `None` for the step as it is.
     """
-    for w, m, u in _chunks(weight, buffer, update):
+    for w, m, u, g in _chunks(weight, buffer, update, update if gradient is None else gradient):
         moved = torch.mul(m.to(u.dtype), rule.factor).add_(u, alpha=rule.gain)
         m.copy_(_where(accept, moved, m))
         step = torch.mul(moved, rule.factor).add_(u, alpha=rule.gain) if rule.nesterov else moved
+        step = step if gradient is None else cautious(step, g)
         w.add_(_where(accept, step, 0.0), alpha=-lr / rule.correction)
 
 
 def momentum_step_slices_(
-    weight: Tensor, buffer: Tensor, update: Tensor, lr: float, rule: Momentum, slices: Slices
+    weight: Tensor,
+    buffer: Tensor,
+    update: Tensor,
+    lr: float,
+    rule: Momentum,
+    slices: Slices,
+    gradient: Tensor | None,
 ) -> None:
-    """`momentum_step_` of an accepted update that has the weight's `slices` alone; the others' are zero."""
+    """`momentum_step_` of an accepted update that has the weight's `slices` alone, as `gradient`; others are zero."""
     axis, index, _ = slices
-    kept = buffer.index_select(axis, index).to(update.dtype).mul_(rule.factor).add_(update, alpha=rule.gain)
+    before = buffer.index_select(axis, index).to(update.dtype).mul_(rule.factor)
+    kept = before + rule.gain * update
     share = rule.factor if rule.nesterov else 1.0
     for w, m, _ in _chunks(weight, buffer, buffer):
         moved = torch.mul(m.to(update.dtype), rule.factor)
@@ -71,7 +97,11 @@ def momentum_step_slices_(
         w.add_(moved, alpha=-lr * share / rule.correction)
     buffer.index_copy_(axis, index, kept.to(buffer.dtype))
     gain = rule.gain * (1 + rule.factor if rule.nesterov else 1.0)
-    step_(weight, update, lr * gain / rule.correction, None, slices)
+    if gradient is None:
+        step_(weight, update, lr * gain / rule.correction, None, slices)
+    else:
+        taken = share * before  # the loop's step of these slices
+        step_(weight, cautious(taken + gain * update, gradient) - taken, lr / rule.correction, None, slices)
 
 
 def _where(accept: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:

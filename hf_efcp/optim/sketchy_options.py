@@ -61,6 +61,7 @@ SHAMPOO_OPTIONS = (
     ),
     Option("nesterov", bool, "Nesterov's momentum", source="precondition"),
     Option("ema", bool, "momentum averages updates, where heavy ball sums them", source="precondition"),
+    Option("cautious", bool, "steps without what goes up the gradient", source="arXiv 2411.16085"),
     Option("weight_decay", float, "decoupled weight decay, times lr", low=0, source="AdamW, arXiv 1711.05101"),
     Option(
         "block_size", int, "cut axes into blocks of this length", low=1, high=1 << 30, optional=True, source="Shampoo"

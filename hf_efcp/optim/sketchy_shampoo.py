@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_efcp.optim.grafting import Moments, graft_, graft_norm, graft_state, graft_step, update_moments_
-from hf_efcp.optim.momentum import Momentum, momentum_step_, momentum_step_slices_, step_
+from hf_efcp.optim.momentum import Momentum, cautious, momentum_step_, momentum_step_slices_, step_
 from hf_efcp.optim.options import check_options
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
 from hf_efcp.optim.partition import Slices, find_slices, long_axes, partition, without_zeros
@@ -54,6 +54,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
             have had, which evens out what the sketches do not hold; a vector's step entry by entry.
         momentum, nesterov: heavy ball after grafting; 0.9 makes steps ten times as long as AdamW's at the same rate.
         ema: `m ← momentum·m + (1 − momentum)·u`, corrected for its start at zero, whose steps keep their length.
+        cautious: leave out of a step what goes up the gradient, and make the rest √2 times as long.
         weight_decay: decoupled, as AdamW's.
         block_size: cut axes into blocks with sketches of their own; costs memory, unlike in Shampoo.
         max_dim: axes longer than this get no sketch, and their slices have each the length of the graft step's.
@@ -93,6 +94,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         momentum: float = 0.0,
         nesterov: bool = True,
         ema: bool = False,
+        cautious: bool = False,
         weight_decay: float = 0.0,
         block_size: int | None = None,
         max_dim: int = 8192,
@@ -129,7 +131,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
             directions = self._directions(params, gradients, there)
             updates = self._lengths(params, gradients, directions, there, slices)
             updates = self._scaled(params, updates, there, slices)
-            self._apply(params, updates, group_of, there, slices)
+            self._apply(params, updates, gradients, group_of, there, slices)
 
     def _batches(self) -> list[list[Tensor]]:
         """Parameters with a gradient, those of equal shape together where that saves launches."""
@@ -229,6 +231,7 @@ class SketchyShampoo(ParameterwiseOptimizer):
         self,
         params: list[Tensor],
         updates: Tensor,
+        gradients: Tensor,
         group_of: dict[Tensor, dict[str, Any]],
         accept: Tensor,
         slices: Slices | None,
@@ -249,12 +252,13 @@ class SketchyShampoo(ParameterwiseOptimizer):
                 if known and not known[i]:
                     continue
                 mask = None if known else finite[i]
+                against = gradients[i] if self.defaults["cautious"] else None
                 if "momentum" not in state:
-                    step_(weight, update, lr, mask, slices)
+                    step_(weight, update if against is None else cautious(update, against), lr, mask, slices)
                 elif slices is None:
-                    momentum_step_(weight, state["momentum"], update, lr, rule, mask)
+                    momentum_step_(weight, state["momentum"], update, lr, rule, mask, against)
                 else:
-                    momentum_step_slices_(weight, state["momentum"], update, lr, rule, slices)
+                    momentum_step_slices_(weight, state["momentum"], update, lr, rule, slices, against)
 
     def _mask(self, accept: Tensor) -> Tensor | None:
         """`accept`, where the host has not seen already that it is true."""

@@ -8,7 +8,7 @@ import pytest
 import quality_rivals
 import text_tasks
 import torch
-from quality_rivals import RIVALS, MuonWithAdamW
+from quality_rivals import RIVALS, muon
 from quality_runs import TASKS, Run, find, load_task, train
 from tasks import digits, trec
 from text_tasks import IGNORED, Sources, entity_f1, minilm, part, spans
@@ -42,6 +42,13 @@ def test_task_trains_with_adamw(name, sources):
     assert record["bytes_per_parameter"] == pytest.approx(8.0, abs=0.01)
 
 
+def test_factors_of_the_singd_package_count():
+    """Momentum of 4 bytes; of the attention's matrices alone K, C and their momenta are four times their bytes."""
+    pytest.importorskip("singd")
+    record = train(Run.of("digits", "singd_package", {}, 2e-2, 0, (2, 2)), digits())
+    assert record["bytes_per_parameter"] > 4 + 16
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_rival_is_recorded_under_its_name(optimizer):
     task = digits()
@@ -52,12 +59,12 @@ def test_rival_is_recorded_under_its_name(optimizer):
 
 def test_muon_leaves_embeddings_and_head_to_adamw():
     model = digits().new_model()
-    optimizer = MuonWithAdamW(model, 1e-3)
-    muon = {id(p) for p in optimizer.param_groups[1]["params"]}
-    names = {name for name, p in model.named_parameters() if id(p) in muon}
+    optimizer = muon(model, 1e-3)
+    matrices = {id(p) for p in optimizer.param_groups[1]["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in matrices}
     assert not any("classifier" in name or "embedding" in name for name in names)
     assert len(names) == 4 * 6  # four layers of six matrices
-    assert len(muon) + len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+    assert len(matrices) + len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
 
 
 def test_muon_follows_the_learning_rate_of_its_groups():
@@ -65,7 +72,7 @@ def test_muon_follows_the_learning_rate_of_its_groups():
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"body": torch.nn.Linear(3, 4), "classifier": torch.nn.Linear(4, 2)})
     model.classifier = model["classifier"]
-    optimizer = MuonWithAdamW(model, 1e-2)
+    optimizer = muon(model, 1e-2)
     model["classifier"](model["body"](torch.ones(1, 3))).sum().backward()
     before = [p.clone() for p in model.parameters()]
     for group in optimizer.param_groups:
