@@ -5,6 +5,7 @@
 
 from hf_efcp.ops import torch_moments, torch_ops
 from hf_efcp.ops.backend import on_backend
+from hf_efcp.ops.caution import cautious
 from hf_efcp.ops.fused import (
     Moments,
     Rows,
@@ -39,6 +40,7 @@ __all__ = [
     "adam_direction_",
     "adam_mean_",
     "block_squares",
+    "cautious",
     "combine_step_for",
     "dequantize_int8",
     "empty",

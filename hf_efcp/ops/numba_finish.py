@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from hf_efcp.ops.caution import BOLD
 from hf_efcp.ops.numba_compiler import compiled
 from hf_efcp.ops.numba_formats import as_float32, rounded
 from hf_efcp.ops.numba_kernels import add_rows
 from hf_efcp.ops.numba_memory import FLOAT32, floats, halves, read, read_of_table, square
 from hf_efcp.ops.numba_moments import adam, adam_direction, heavy_ball
+
+_BOLDER = np.float32(np.float32(BOLD) - np.float32(1))
 
 
 @compiled()
@@ -64,6 +67,15 @@ def _move_half(u, half, lr, factor, salt, stochastic):
 
 
 @compiled()
+def _cautious(u, g):
+    """`optim.caution.cautious`; no branches, so that it is vectorised."""
+    for i in range(len(u)):
+        ahead = np.float32(((u[i] > 0) & (g[i] > 0)) | ((u[i] < 0) & (g[i] < 0)))
+        back = np.float32(((u[i] > 0) & (g[i] < 0)) | ((u[i] < 0) & (g[i] > 0)))
+        u[i] *= np.float32(1) - back + ahead * _BOLDER
+
+
+@compiled()
 def second_pass(
     start,
     stop,
@@ -80,6 +92,7 @@ def second_pass(
     out,
     pieces,
     weights,
+    against,
     options,
 ):
     """`numba_ops.combine_step_` for the blocks `start` to `stop`.
@@ -96,6 +109,7 @@ def second_pass(
         out: factors (0,), (1,) or (pieces,) float32; squares (B,) or (0,) float64; the direction, (B, n) or (0, n).
         pieces: (B,) int32, of the blocks.
         weights: their table, or (0, 5), and the rates of groups.
+        against: table of the gradients of which the direction is `cautious`, or (0, 5).
         options: salt of 16-bit weights and whether they are rounded at random.
     """
     group, n = shape
@@ -103,6 +117,7 @@ def second_pass(
     factors, squares, direction = out
     table, rates_of = weights
     u = np.empty(n, np.float32)
+    g = np.empty(n if len(against) else 0, np.float32)
     for b in range(start, stop):
         piece = pieces[b]
         system = piece if len(coefficients) > 1 else 0
@@ -127,6 +142,9 @@ def second_pass(
                 u[i] *= factor
         if len(squares):
             squares[b] = square(u)
+        if len(against):
+            read_of_table(g, against, piece, b)
+            _cautious(u, g)
         if len(direction):
             direction[b] = u
         if len(table) and table[piece, 1] >= 0:

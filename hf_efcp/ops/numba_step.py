@@ -88,6 +88,7 @@ def combine_step_(
     factors: Tensor | None = None,
     squares: Tensor | None = None,
     weights: Weights | None = None,
+    against: Tensor | None = None,
     store: bool = False,
 ) -> None:
     """See `triton_step.combine_step_`. Where `source` says where x lies, `out` is written, if `store` asks for that.
@@ -114,6 +115,7 @@ def combine_step_(
         ),
         array(pieces),
         (_NO_TABLE, _NO_PAIRS) if weights is None else (array(weights.table), array(weights.rates)),
+        _NO_TABLE if against is None else array(against),
         (seed_of(count).view(np.int32), weights is not None and weights.stochastic),
     )
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_efcp.ops.caution import BOLD
 from hf_efcp.ops.fused import Moments, Rows, Weights
 from hf_efcp.ops.torch_moments import ADAM_EPS
 from hf_efcp.ops.triton_kernels import add_rows
@@ -59,6 +60,12 @@ def _move(
 
 
 @triton.jit
+def _read(address, kind, at, mask, dtype: tl.constexpr, KIND: tl.constexpr):
+    """Entries of a vector of this dtype as float32; of others zeros."""
+    return float32(tl.load(address.to(tl.pointer_type(dtype)) + at, mask=mask & (kind == KIND), other=0.0))
+
+
+@triton.jit
 def combine_step(
     out_ptr,
     indices_ptr,
@@ -74,6 +81,7 @@ def combine_step(
     pieces_ptr,
     table_ptr,
     rates_ptr,
+    against_ptr,
     accept_ptr,
     step_ptr,
     rate1,
@@ -90,6 +98,8 @@ def combine_step(
     EPS: tl.constexpr,
     FACTORS: tl.constexpr,  # 0: none, 1: one for the model, 2: one for each piece
     SQUARES: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
+    BOLD: tl.constexpr,
     STORE: tl.constexpr,
     FLOAT32: tl.constexpr,  # dtypes of weights
     BFLOAT16: tl.constexpr,
@@ -123,6 +133,8 @@ def combine_step(
         numel, first_block = tl.load(table_ptr + piece * 5 + 2), tl.load(table_ptr + piece * 5 + 3)
         group = tl.load(table_ptr + piece * 5 + 4)
         lr, factor = tl.load(rates_ptr + group * 2), tl.load(rates_ptr + group * 2 + 1)
+    if CAUTIOUS:
+        against, against_kind = tl.load(against_ptr + piece * 5), tl.load(against_ptr + piece * 5 + 1)
     squares = tl.zeros((CHUNK,), tl.float64)
     for start in range(0, BLOCK_SIZE, CHUNK):
         i = start + e
@@ -144,11 +156,23 @@ def combine_step(
             u *= tl.load(factors_ptr + (FACTORS - 1) * piece)
         if SQUARES:
             squares += tl.where(mask, u.to(tl.float64) * u.to(tl.float64), 0.0)
-        if STORE:
-            tl.store(out + i, u, mask=mask)
         if FLOAT32 or BFLOAT16 or FLOAT16:
             at = (block - first_block) * BLOCK_SIZE + i
             inside = mask & (at < numel)
+        if CAUTIOUS:
+            g = tl.zeros((CHUNK,), tl.float32)
+            if FLOAT32:
+                g += _read(against, against_kind, at, inside, tl.float32, 0)
+            if BFLOAT16:
+                g += _read(against, against_kind, at, inside, tl.bfloat16, 1)
+            if FLOAT16:
+                g += _read(against, against_kind, at, inside, tl.float16, 2)
+            ahead = ((u > 0) & (g > 0)) | ((u < 0) & (g < 0))
+            back = ((u > 0) & (g < 0)) | ((u < 0) & (g > 0))
+            u = tl.where(ahead, u * BOLD, tl.where(back, 0.0, u))
+        if STORE:
+            tl.store(out + i, u, mask=mask)
+        if FLOAT32 or BFLOAT16 or FLOAT16:
             if FLOAT32:
                 _move(address, kind, at, inside, u, lr, factor, step, tl.float32, 0, STOCHASTIC)
             if BFLOAT16:
@@ -170,12 +194,13 @@ def combine_step_(
     factors: Tensor | None = None,
     squares: Tensor | None = None,
     weights: Weights | None = None,
+    against: Tensor | None = None,
     store: bool = False,
 ) -> None:
     """In one launch: x in `out` becomes `s·x + Gᵀc`, its direction by the moments, and a step of the weights.
 
     What is `None` is left out; nothing at all happens where `accept` is false. The steps are those of
-    `torch_ops.window_combine_`, `optim.scaling` and `optim.apply`, in this order.
+    `torch_ops.window_combine_`, `optim.scaling`, `cautious` and `optim.apply`, in this order.
 
     Args:
         out: (B, block_size) float32; scratch afterwards, but for `store`.
@@ -184,6 +209,7 @@ def combine_step_(
         pieces: (B,) int32, the piece of each block.
         factors: (1,) or (pieces,) float32, what the direction is multiplied by.
         squares: (B,) float64, written: each block's sum of squares of the direction.
+        against: table of the gradients, of the weights' dtypes, of which the step is `cautious`; with `weights`.
         store: whether `out` is to hold the direction.
     """
     n_blocks, block_size = out.shape
@@ -204,7 +230,7 @@ def combine_step_(
             *((moments.first, moments.second) if moments else (None, None)),
             corrections(step, moments.beta1, moments.beta2) if kind >= 2 else None,
             *(factors, squares, pieces),
-            *((weights.table, weights.rates) if weights else (None, None)),
+            *((weights.table, weights.rates, against) if weights else (None, None, None)),
             *(accept.view(torch.uint8), step, *rates),
             BLOCK_SIZE=block_size,
             WINDOW=window,
@@ -218,6 +244,8 @@ def combine_step_(
             EPS=ADAM_EPS,
             FACTORS=0 if factors is None else 1 + (len(factors) > 1),
             SQUARES=squares is not None,
+            CAUTIOUS=weights is not None and against is not None,
+            BOLD=BOLD,
             STORE=store,
             FLOAT32=torch.float32 in dtypes,
             BFLOAT16=torch.bfloat16 in dtypes,

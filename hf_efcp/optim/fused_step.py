@@ -41,6 +41,8 @@ class FusedStep:
         if self.segments.sharing.kind == "sharded" or not all(part.has_kernel() for part in self._parts):
             return False  # what a rank updates of sharded weights is not what it owns
         group_of = {p: n for n, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        if self._optimizer.defaults["cautious"] and not all(part.has_gradients() for part in self._parts):
+            return False
         return all(part.has_table(group_of) for part in self._parts)
 
     def gradients(self, flag: Tensor) -> list[tuple[Tensor, Tensor]] | None:
@@ -104,10 +106,10 @@ class FusedStep:
         if optimizer.defaults["scaling"] in ("rms", "layer_rms"):
             squares = [self._combine_(part, c, at, squares=part.squares(), store=True) for part, c in pairs]
             for (part, c), factors in zip(pairs, self._factors(squares), strict=True):
-                part.launch(c, *at, factors=factors, weights=self._weights(part), store=bool(recorded))
+                part.launch(c, *at, factors=factors, store=bool(recorded), **self._move(part))
         else:
             for part, c in pairs:
-                self._combine_(part, c, at, weights=self._weights(part), store=bool(recorded))
+                self._combine_(part, c, at, store=bool(recorded), **self._move(part))
         if recorded and not optimizer._rejects(at[1]):
             recorded.update(optimizer._zero_unless_(at[1], [c.out for c in sums]), self.segments)
         for segment in self.segments:
@@ -152,10 +154,12 @@ class FusedStep:
         sums = [part.by_piece(found) for part, found in zip(self._parts, squares, strict=True)]
         return [factors.float() for factors in parameter_factors(sums, self.segments, target)]
 
-    def _weights(self, part: _Part) -> ops.Weights:
-        groups = self._optimizer.param_groups
+    def _move(self, part: _Part) -> dict[str, Any]:
+        """The weights, and the gradients that a cautious step of theirs looks at."""
+        groups, options = self._optimizer.param_groups, self._optimizer.defaults
         rates = tuple((group["lr"], 1 - group["lr"] * group["weight_decay"]) for group in groups)
-        return part.weights(rates, self._optimizer.defaults["weight_rounding"] == "stochastic")
+        weights = part.weights(rates, options["weight_rounding"] == "stochastic")
+        return {"weights": weights, "against": part.gradient_table() if options["cautious"] else None}
 
 
 class _Part:
@@ -167,6 +171,8 @@ class _Part:
         self._key: Any = None
         self._table: Tensor | None = None
         self._dtypes: frozenset[torch.dtype] = frozenset()
+        self._gradient_key: Any = None
+        self._gradients: Tensor | None = None
         self._rates: tuple[Any, Tensor | None] = (None, None)
 
     def _lie(self) -> tuple[Tensor, Tensor]:
@@ -199,13 +205,22 @@ class _Part:
 
     def gradients(self) -> tuple[Tensor, Tensor] | None:
         """Pieces of the blocks and the table of their gradients, if a kernel takes them."""
-        grads = self.segment.owned.gradients()
-        if ops.start_step_for(self.segment.window.values) is None:
+        if ops.start_step_for(self.segment.window.values) is None or not self.has_gradients():
             return None
-        if not all(g is None or ops.has_address(g) for g in grads):
-            return None
-        blocks = self.segment.layout.blocks
-        return self._lie()[1], ops.weight_table(grads, blocks, [0] * len(grads), self.segment.device)
+        return self._lie()[1], self.gradient_table()
+
+    def has_gradients(self) -> bool:
+        """Whether a kernel can read them where they lie."""
+        return all(g is None or ops.has_address(g) for g in self.segment.owned.gradients())
+
+    def gradient_table(self) -> Tensor:
+        """Their addresses; made anew where they have moved."""
+        grads, blocks = self.segment.owned.gradients(), self.segment.layout.blocks
+        key = [None if g is None else g.data_ptr() for g in grads]
+        if key != self._gradient_key:
+            self._gradient_key = key
+            self._gradients = ops.weight_table(grads, blocks, [0] * len(grads), self.segment.device)
+        return self._gradients
 
     def start(
         self, row: Tensor, step: Tensor, gradients: tuple[Tensor, Tensor], mean: ops.Moments | None, keeps: bool

@@ -38,7 +38,7 @@ class GGT(WindowOptimizer):
         basis_every: steps between eigendecompositions. In between V stands still and `s²` follows as the Rayleigh
             quotients of its columns, (m, m) float64 more state. On CUDA the host waits at an eigendecomposition alone.
         compression, density, selection, block_size, rank, system, precondition, scaling, update_rms, momentum,
-        adam_beta2, weight_decay, value_dtype, residual_dtype, moment_dtype, memory_budget,
+        adam_beta2, cautious, weight_decay, value_dtype, residual_dtype, moment_dtype, memory_budget,
         state_device, shard_state, weight_rounding: see `MFAC`.
 
     Raises:
@@ -94,6 +94,7 @@ class GGT(WindowOptimizer):
         update_rms: float = 0.25,
         momentum: float = 0.9,
         adam_beta2: float = 0.999,
+        cautious: bool = False,
         weight_decay: float = 0.0,
         value_dtype: str | torch.dtype = "float32",
         residual_dtype: str | torch.dtype = "float32",

@@ -52,6 +52,7 @@ class MFAC(WindowOptimizer):
         scaling: `"none"`, `"rms"` and `"layer_rms"` fix the root mean square of the update, of the model or of each
             parameter, to `update_rms`; `"adam"` takes Adam's two moments of `u` (β₁ is `momentum`).
         momentum: heavy ball.
+        cautious: leave out of a step what goes up the gradient, and make the rest √2 times as long.
         weight_decay: decoupled, as AdamW's.
         adam_beta2: decay of Adam's second moment.
         value_dtype, residual_dtype, moment_dtype: storage of rows, residual and moments.
@@ -103,6 +104,7 @@ class MFAC(WindowOptimizer):
         update_rms: float = 0.25,
         momentum: float = 0.9,
         adam_beta2: float = 0.999,
+        cautious: bool = False,
         weight_decay: float = 0.0,
         value_dtype: str | torch.dtype = "float32",
         residual_dtype: str | torch.dtype = "float32",

@@ -1,4 +1,4 @@
-"""Heavy ball, Nesterov's, and their averages: from updates to steps of weights, cautious ones too."""
+"""Heavy ball, Nesterov's, and their averages: from updates to steps of weights."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_efcp.ops import entries_per_pass
+from hf_efcp.ops import cautious, entries_per_pass
 from hf_efcp.optim.partition import Slices
 
 _CHUNK = 1 << 17  # entries at a time: temporaries stay in cache
-_BOLD = 2**0.5  # where half of the entries agree, a cautious step is as long as before
 
 
 class Momentum(NamedTuple):
@@ -29,16 +28,6 @@ class Momentum(NamedTuple):
         if not ema:
             return cls(factor, 1.0, nesterov)
         return cls(factor, 1 - factor, nesterov, 1 - factor ** (count + nesterov))
-
-
-def cautious(step: Tensor, gradient: Tensor) -> Tensor:
-    """The step without what goes up its gradient, the rest of it √2 times as long (after arXiv 2411.16085).
-
-    Entries whose gradient is 0 stay as they are. The factor is fixed, where the paper's is one over the share of
-    entries that agree: a step keeps its length if half of them do, and what a rank or a block does depends on no other.
-    """
-    agreement = torch.sign(step).mul_(torch.sign(gradient))
-    return step * torch.where(agreement > 0, _BOLD, 1.0).mul_(agreement >= 0).to(step.dtype)
 
 
 def step_(weight: Tensor, update: Tensor, lr: float, accept: Tensor | None, slices: Slices | None) -> None:

@@ -22,7 +22,7 @@ def scale_(
     step: Tensor,
     accept: Tensor,
 ) -> None:
-    """Momentum and scaling: the updates, one flat vector a segment, become what is applied.
+    """Momentum, scaling and caution: the updates, one flat vector a segment, become what is applied.
 
     Args:
         options: an optimizer's, which name the scaling, and whether momentum came before.
@@ -40,6 +40,8 @@ def scale_(
         rms_(updates, segments, options["update_rms"])
     elif scaling == "layer_rms":
         layer_rms_(updates, segments, options["update_rms"])
+    if options["cautious"]:
+        cautious_(updates, segments)
 
 
 def rms_(updates: list[Tensor], segments: Segments, target: float) -> None:
@@ -118,6 +120,14 @@ def by_root_(updates: list[Tensor], segments: Segments, step: Tensor, accept: Te
     for update, segment in zip(updates, segments, strict=True):
         on_device = step.to(segment.device), accept.to(segment.device)
         ops.adam_direction_(update, segment.moments["exp_avg_sq"], *on_device, beta2=beta2)
+
+
+def cautious_(updates: list[Tensor], segments: Segments) -> None:
+    """Leave out of the updates, one flat vector a segment, what goes up the gradient: `ops.cautious`."""
+    for update, segment in zip(updates, segments, strict=True):
+        for part, gradient in zip(segment.layout.split(update), segment.owned.gradients(), strict=True):
+            if gradient is not None:
+                part.copy_(ops.cautious(part, gradient.to(part.device)))
 
 
 def _squares(parts: list[Tensor], like: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_efcp.ops import cautious
 from hf_efcp.optim.grafting import Moments, graft_, graft_norm, graft_state, graft_step, update_moments_
-from hf_efcp.optim.momentum import Momentum, cautious, momentum_step_, momentum_step_slices_, step_
+from hf_efcp.optim.momentum import Momentum, momentum_step_, momentum_step_slices_, step_
 from hf_efcp.optim.options import check_options
 from hf_efcp.optim.parameterwise import ParameterwiseOptimizer
 from hf_efcp.optim.partition import Slices, find_slices, long_axes, partition, without_zeros

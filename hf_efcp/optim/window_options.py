@@ -63,6 +63,7 @@ WINDOW_OPTIONS = (
         source=_EFCP,
     ),
     Option("adam_beta2", float, "decay of Adam's second moment, with scaling=adam", low=0, high=1, high_open=True),
+    Option("cautious", bool, "steps without what goes up the gradient", source="arXiv 2411.16085"),
     Option("weight_decay", float, "decoupled weight decay, times lr", low=0, source="AdamW, arXiv 1711.05101"),
     Option("value_dtype", str, "dtype of the stored values", choices=("float32", "bfloat16", "int8"), source=_EFCP),
     Option(

@@ -118,6 +118,8 @@ def test_steps_are_those_of_torch(scaling, dtype, precondition, served, monkeypa
         {"weight_rounding": "nearest"},
         {"precondition": "momentum"},
         {"precondition": "momentum", "scaling": "layer_rms"},
+        {"precondition": "momentum", "cautious": True},
+        {"scaling": "layer_rms", "cautious": True},
         {"moment_dtype": "bfloat16", "value_dtype": "bfloat16", "residual_dtype": "bfloat16"},
     ],
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
