@@ -10,6 +10,22 @@ from torch import Tensor
 
 from hf_efcp import ops
 
+_BLOCK_SIZES = (2048, 1024, 512, 256)  # large ones are read faster, small ones pad less
+_PADDING = 0.05  # of a model's entries
+
+
+def fitting_block_size(numels: Sequence[int]) -> int:
+    """The largest of 2048, 1024, 512 entries that pads a model by 5 % at most, else 256.
+
+    Args:
+        numels: entries of each parameter, each of which starts a block.
+    """
+    return next((size for size in _BLOCK_SIZES if _padding(numels, size) <= _PADDING * sum(numels)), _BLOCK_SIZES[-1])
+
+
+def _padding(numels: Sequence[int], block_size: int) -> int:
+    return sum(-numel % block_size for numel in numels)
+
 
 class Layout:
     """Where each parameter lies in a flat vector of whole blocks.

@@ -18,11 +18,12 @@ _SKETCHY = "Sketchy: Memory-efficient Adaptive Regularization with Frequent Dire
 
 # Half the bytes for what needs no float32: at window 32 AdamW's 8 bytes per parameter, and the same losses.
 _SMALL = {"value_dtype": "bfloat16", "residual_dtype": "bfloat16", "moment_dtype": "bfloat16"}
+_SPARSE = {**_SMALL, "block_size": None}
 _FULL = {"value_dtype": "float32", "residual_dtype": "float32", "moment_dtype": "float32"}
 
 _SINGD = "Structured Inverse-Free Natural Gradient: Memory-Efficient & Numerically-Stable KFAC (arXiv 2312.05705)"
 
-_PUBLISHED = {"precondition": "compressed", "scaling": "none", "momentum": 0.0}
+_PUBLISHED = {"precondition": "compressed", "scaling": "none", "momentum": 0.0, "cautious": False}
 # EFCP's GLUE and CIFAR-10 commands: window 1024, no momentum; damping as for BERT.
 _PUBLISHED_MFAC = {**_PUBLISHED, "window": 1024, "damping": 5e-5, "damping_mode": "absolute", "damping_warmup": 0}
 # EFCP's logistic regression: 100 rows, ε 1e-5, no averaging, no decay.
@@ -63,10 +64,10 @@ register(
         summary="S-M-FAC: natural gradient over a window of top-k compressed gradients with error feedback",
         paper=_EFCP,
         # Of the mean, which the rows span, curvature turns more than of a gradient; see scripts/bench_quality.py.
-        defaults={**_SMALL, "precondition": "momentum", "damping_warmup": 50},
+        defaults={**_SPARSE, "precondition": "momentum", "damping_warmup": 50, "cautious": True},
         fixed={"compression": "topk"},
         without=("rank",),
-        presets={"paper": {**_FULL, **_PUBLISHED_MFAC, "density": 0.01}},
+        presets={"paper": {**_FULL, **_PUBLISHED_MFAC, "density": 0.01, "block_size": 2048}},
     )
 )
 register(
@@ -87,10 +88,10 @@ register(
         cls=GGT,
         summary="S-GGT: full-matrix AdaGrad over a window of top-k compressed gradients with error feedback",
         paper=_EFCP,
-        defaults=_SMALL,
+        defaults=_SPARSE,
         fixed={"compression": "topk"},
         without=("rank",),
-        presets={"paper": {**_FULL, **_PUBLISHED_GGT, "density": 0.01}},
+        presets={"paper": {**_FULL, **_PUBLISHED_GGT, "density": 0.01, "block_size": 2048}},
     )
 )
 register(
@@ -147,7 +148,7 @@ register(
         summary="S-Shampoo: Shampoo with a frequent-directions sketch of each axis",
         paper=_SKETCHY,
         defaults={
-            "rank": 32,
+            "rank": 28,  # at 32 the sketches of vectors take a small convolutional network above AdamW's 8 bytes
             "update_freq": 10,
             "sketch_update": "subspace",
             "scaling": "adafactor",

@@ -86,7 +86,7 @@ class GGT(WindowOptimizer):
         compression: str = "topk",
         density: float = 0.01,
         selection: str = "block",
-        block_size: int = 2048,
+        block_size: int | None = 2048,
         rank: int = 4,
         system: str = "model",
         precondition: str = "gradient",

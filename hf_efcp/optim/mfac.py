@@ -45,7 +45,7 @@ class MFAC(WindowOptimizer):
         compression: `"topk"`, `"lowrank"` or `"none"` (dense rows).
         density: share of entries that a row keeps.
         selection: top-k of each `"block"`, or `"global"` over the whole model as first published.
-        block_size: entries per block.
+        block_size: entries per block; `None` for the largest up to 2048 that pads the model by 5 % at most, or 256.
         rank: columns of the factors of each matrix with `compression="lowrank"`.
         system: one m×m system for the `"model"`, or one per `"layer"`, a block-diagonal curvature.
         precondition: `"compressed"`, `"gradient"` or `"momentum"`.
@@ -96,7 +96,7 @@ class MFAC(WindowOptimizer):
         compression: str = "topk",
         density: float = 0.01,
         selection: str = "block",
-        block_size: int = 2048,
+        block_size: int | None = 2048,
         rank: int = 4,
         system: str = "model",
         precondition: str = "gradient",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_efcp.curvature.layout import fitting_block_size
 from hf_efcp.curvature.solvers import cancels, length_ratio
 from hf_efcp.ops import take_row
 from hf_efcp.optim.acceptance import acceptable, finite
@@ -29,9 +30,8 @@ class WindowOptimizer(EfcpOptimizer):
     """An optimizer over a ring of compressed gradients `G`; subclasses say which m×m function it is.
 
     State of each parameter: views of the flat buffers of its device (`residual`, `indices`, `values`, `momentum`, …),
-    of those of its blocks that this rank owns. State of the first parameter besides: `gram` (m, m) float64, or one for
-    each parameter with
-    `system="layer"`, `step` and `skipped`, what the whole model shares. The first parameter's device holds these.
+    of blocks that this rank owns. Of the first besides, and on its device: `gram` (m, m) float64, or one for each
+    parameter with `system="layer"`, `step` and `skipped`, what the whole model shares.
     """
 
     record_metrics = False  # whether a step keeps the norms of its gradient and update for `metrics()`
@@ -47,6 +47,10 @@ class WindowOptimizer(EfcpOptimizer):
             options = fit_budget(type(self), flat_parameters(params), options)
         check_combinations(options)
         super().__init__(params, options)
+        if options["block_size"] is None:  # and stays what it is now if parameters are added
+            size = fitting_block_size([p.numel() for p in self._parameters()])
+            for known in (self.defaults, *self.param_groups):
+                known["block_size"] = size
 
     def _solve(
         self, shared: dict[str, Tensor], gram: Tensor, row: Tensor, dots: Tensor | None
@@ -282,10 +286,7 @@ class WindowOptimizer(EfcpOptimizer):
         raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
-        """`EfcpOptimizer.metrics`, with norms of residual, gradient and update, and the systems' condition.
-
-        What concerns a gradient or an update is that of the last step taken with `record_metrics` true.
-        """
+        """`EfcpOptimizer.metrics`, the systems' condition, and norms at the last step with `record_metrics` true."""
         return {**super().metrics(), **self._figures(basic_figures)}
 
     def diagnostics(self) -> dict[str, float]:

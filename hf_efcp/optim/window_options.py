@@ -37,7 +37,15 @@ WINDOW_OPTIONS = (
         choices=("model", "layer"),
         source=_EFCP,
     ),
-    Option("block_size", int, "entries per block", low=1, high=32768, source="ISTA-DASLab-Optimizers"),
+    Option(
+        "block_size",
+        int,
+        "entries per block; none for the largest of 2048, 1024, 512, 256 that pads the model by 5 % at most, or 256",
+        low=1,
+        high=32768,
+        optional=True,
+        source="ISTA-DASLab-Optimizers",
+    ),
     Option(
         "precondition",
         str,
@@ -115,7 +123,8 @@ def check_combinations(options: Mapping[str, Any]) -> None:
                 f"{name}={dtype!r} is a format of block-wise top-k rows (compression='topk', selection='block'); "
                 "use 'bfloat16' or 'float32' here."
             )
-    if options["residual_dtype"] == "int4" and options["block_size"] % 2:
-        raise ValueError(f"residual_dtype='int4' needs an even `block_size`, got {options['block_size']}.")
-    if options["value_dtype"] == "int8" and options["block_size"] < 4096 and 4096 % options["block_size"]:
-        raise ValueError(f"value_dtype='int8' needs a `block_size` that divides 4096, got {options['block_size']}.")
+    size = options["block_size"] or 256  # whatever is chosen is a power of two
+    if options["residual_dtype"] == "int4" and size % 2:
+        raise ValueError(f"residual_dtype='int4' needs an even `block_size`, got {size}.")
+    if options["value_dtype"] == "int8" and size < 4096 and 4096 % size:
+        raise ValueError(f"value_dtype='int8' needs a `block_size` that divides 4096, got {size}.")
