@@ -111,8 +111,7 @@ class WindowOptimizer(EfcpOptimizer):
             shared.update(segment.window.shared_buffers())
         fill_(shared, saved.get(params[0], {}))
         states[params[0]].update(shared)
-        for parameter in params:
-            self.state[parameter] = states[parameter]
+        self.state.update((parameter, states[parameter]) for parameter in params)
         self._segments = segments
 
     @property
