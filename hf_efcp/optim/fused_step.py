@@ -216,7 +216,7 @@ class _Part:
     def gradient_table(self) -> Tensor:
         """Their addresses; made anew where they have moved."""
         grads, blocks = self.segment.owned.gradients(), self.segment.layout.blocks
-        key = [None if g is None else g.data_ptr() for g in grads]
+        key = [None if g is None else (g.data_ptr(), g.dtype) for g in grads]
         if key != self._gradient_key:
             self._gradient_key = key
             self._gradients = ops.weight_table(grads, blocks, [0] * len(grads), self.segment.device)

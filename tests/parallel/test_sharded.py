@@ -24,7 +24,9 @@ CASES = [
     of_name("efcp_mfac", value_dtype="int8", residual_dtype="int4", moment_dtype="bfloat16", block_size=16),
     Case("efcp_mfac", small("efcp_mfac").options),
 ]
-ROUNDED = CASES[5:]  # state of few bits: where a sum differs in its last bit, an entry may round the other way
+ROUNDED = CASES[
+    5:
+]  # state of few bits: where a sum differs in its last bit, an entry may round, or wait, the other way
 STEPS = 8
 PLACED = Shard(0), Shard(1)
 
@@ -168,7 +170,7 @@ def unsharded(case, n_steps):
 
 
 def tolerance(number):
-    return 5e-3 if CASES[number] in ROUNDED else 1e-6
+    return 2e-2 if CASES[number] in ROUNDED else 1e-6
 
 
 each = pytest.mark.parametrize("number", range(len(CASES)), ids=map(str, CASES))
