@@ -7,8 +7,9 @@ Batches of TREC's questions, padded to the longest or, with `--length`, cut and 
 on one thread, without evaluation. The optimizers take turns, the first steps of each turn are left out. Medians count
 where all steps cost the same; where some are rare and dear, as updates of sketches, means over whole periods.
 
-After its first step a window is filled with random entries at random places. A full one costs no more for what it
-holds, but empty rows, whose entries all lie at the start of a block, cost less.
+After its first step a window is filled with random entries at random places, too small to turn an update. A full one
+costs no more for what it holds, but empty rows, whose entries all lie at the start of a block, cost less. A step that
+is skipped, as of a gradient that is not finite, would cost nothing: then there is an error.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from hf_efcp.train import EfcpTrainer, EfcpTrainingArguments
 from hf_efcp.train.run_record import OptimizerRecord
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+TINY = 1e-12  # beside gradients of 1e-4; far from what a float32 holds no more
 HEADER = "| optimizer | median s / step | mean | × adamw, median | mean | optimizer's, s | bytes per parameter |"
 
 
@@ -75,7 +77,15 @@ def fill(optimizer: Any) -> None:
             if "indices" in state and state["indices"].dim() == 3:
                 width = min(group["block_size"], p.numel())
                 state["indices"].random_(0, max(1, width))
-                state["values"].copy_(torch.randn(state["values"].shape))
+                state["values"].copy_(TINY * torch.randn(state["values"].shape))
+
+
+def check_no_step_was_skipped(optimizer: Any) -> None:
+    """Raise `RuntimeError` if one of ours was."""
+    while getattr(optimizer, "optimizer", None) is not None:  # accelerate's wrapper
+        optimizer = optimizer.optimizer
+    if skipped := getattr(optimizer, "skipped_steps", 0):
+        raise RuntimeError(f"{skipped} steps were skipped; their time says nothing.")
 
 
 def of_length(task: Task, length: int) -> Task:
@@ -117,6 +127,7 @@ def measure(task: Task, optimizer: str, options: dict[str, Any], steps: int, war
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    check_no_step_was_skipped(trainer.optimizer)
     record = OptimizerRecord.of(trainer.optimizer, optimizer)
     watch.steps, watch.optimizer = watch.steps[warm:], watch.optimizer[warm:]
     return watch, record.state_bytes / record.n_parameters

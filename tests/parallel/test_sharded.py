@@ -24,9 +24,8 @@ CASES = [
     of_name("efcp_mfac", value_dtype="int8", residual_dtype="int4", moment_dtype="bfloat16", block_size=16),
     Case("efcp_mfac", small("efcp_mfac").options),
 ]
-ROUNDED = CASES[
-    5:
-]  # state of few bits: where a sum differs in its last bit, an entry may round, or wait, the other way
+# State of few bits: where a sum differs in its last bit, an entry may round or wait another way.
+ROUNDED = CASES[5:]
 STEPS = 8
 PLACED = Shard(0), Shard(1)
 
