@@ -61,6 +61,20 @@ def _average(x, block, moments, rates):
 
 
 @compiled()
+def _add_both(first, second, line, x, indices, values, scales):
+    """`add_dots` of two vectors, to the bit, which reads the rows once."""
+    for row in range(len(indices)):
+        scale = np.float32(1) if scales is None else scales[row]
+        of_line = of_x = 0.0
+        for j in range(indices.shape[1]):
+            place, stored = indices[row, j], np.float64(as_float32(values[row, j]) * scale)
+            of_line += np.float64(line[place]) * stored
+            of_x += np.float64(x[place]) * stored
+        first[row] += of_line
+        second[row] += of_x
+
+
+@compiled()
 def first_pass(start, stop, shape, indices, values, scales, row, gradients, residual, moments, rates, out):
     """Error feedback, a new row, moments and inner products for the parts `start` to `stop` of the blocks.
 
@@ -107,8 +121,9 @@ def first_pass(start, stop, shape, indices, values, scales, row, gradients, resi
                 scale = np.float32(1) if of_unit is None else of_unit[row]
                 for j in range(k):
                     line[indices[b, row, j]] = as_float32(values[b, row, j]) * scale
-                add_dots(newest[part], line, indices[b], values[b], of_unit)
+                if len(squares):
+                    _add_both(newest[part], dots[part], line, x[member], indices[b], values[b], of_unit)
+                else:
+                    add_dots(newest[part], line, indices[b], values[b], of_unit)
                 for j in range(k):
                     line[indices[b, row, j]] = np.float32(0)
-                if len(squares):
-                    add_dots(dots[part], x[member], indices[b], values[b], of_unit)
