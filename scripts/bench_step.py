@@ -2,7 +2,7 @@
 
     python scripts/bench_step.py                     # d = 1M as four 500×500, density 1 %, m = 32, 256, 1024
     python scripts/bench_step.py --window 256 --steps 40 --json out/bench_step.json
-    python scripts/bench_step.py --size 1e7 --window 256 --threads 1 2 --rivals adamw
+    python scripts/bench_step.py --size 1e7 --window 32 --threads 1 2 --rivals adamw copy
     python scripts/bench_step.py --sweep --json out/sweep.json --picture out/sweep.png
 
 Warm, window full, medians; use the ratios. One thread: process time, which a busy machine disturbs least. Several:
@@ -62,6 +62,17 @@ def milliseconds(optimizer: Any, params: list[torch.nn.Parameter], steps: int, c
     return statistics.median(times) * 1e3
 
 
+class Copy:
+    """As a rival: the weights read and written elsewhere, which no step is faster than, on any number of threads."""
+
+    def __init__(self, params: list[torch.nn.Parameter]):
+        self.params, self.copies = params, [torch.empty_like(p) for p in params]
+
+    def step(self) -> None:
+        for p, copy in zip(self.params, self.copies, strict=True):
+            copy.copy_(p.detach())
+
+
 def fill(optimizer: MFAC | GGT, params: list[torch.nn.Parameter], generator: torch.Generator) -> None:
     for _ in range(optimizer.defaults["window"]):
         for p in params:
@@ -118,6 +129,8 @@ def measure(size: int, window: int, args: argparse.Namespace, variants: bool) ->
         del published
     if "adamw" in args.rivals:
         yield from rows("AdamW foreach", torch.optim.AdamW(params, lr=1e-6, foreach=True), 8 * size)
+    if "copy" in args.rivals:
+        yield from rows("copy of the weights", Copy(params), 0)
     for name, optimizer in ours(params, window, args.density, variants):
         run_on(BACKENDS[-1])
         torch.set_num_threads(max(args.threads))
@@ -176,7 +189,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--rivals", nargs="*", choices=["published", "adamw"], default=["published", "adamw"])
+    parser.add_argument("--rivals", nargs="*", choices=["published", "adamw", "copy"], default=["published", "adamw"])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--sweep", action="store_true", help="cost against d and against m")
     parser.add_argument("--json", type=Path, help="also write the rows there")
