@@ -210,8 +210,8 @@ class _Part:
         return self._lie()[1], self.gradient_table()
 
     def has_gradients(self) -> bool:
-        """Whether a kernel can read them where they lie."""
-        return all(g is None or ops.has_address(g) for g in self.segment.owned.gradients())
+        """Whether a kernel can read them where they lie; the part of one that is not contiguous would be a copy."""
+        return all(p.grad is None or ops.has_address(p.grad) for p in self.segment.params)
 
     def gradient_table(self) -> Tensor:
         """Their addresses; made anew where they have moved."""

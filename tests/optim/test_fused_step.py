@@ -209,6 +209,22 @@ def test_weights_that_move_are_found_again(served, monkeypatch, launches):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*pairs, strict=True))
 
 
+def test_strided_gradients_of_a_cautious_step_take_torchs(served, monkeypatch, launches):
+    """Kernels read a gradient by its address."""
+    pairs = []
+    for name in ("torch", served):
+        serve_by(name, monkeypatch)
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(5, 7))
+        optimizer = create_optimizer("efcp_mfac", [weight], lr=0.1, cautious=True, **SMALL)
+        for seed in range(3):
+            weight.grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(seed)).t()
+            optimizer.step()
+        pairs.append(weight.detach())
+    assert not launches
+    torch.testing.assert_close(*pairs, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("change", [lambda p: p.double(), lambda p: p.t().contiguous().t()], ids=["float64", "strided"])
 def test_weights_that_no_kernel_writes_take_torchs_steps(change, served, monkeypatch, launches):
     pairs = []
