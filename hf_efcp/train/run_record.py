@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from hf_efcp.curvature.layout import fitting_block_size
 from hf_efcp.optim.base import EfcpOptimizer
 from hf_efcp.optim.registry import OptimizerSpec, get_spec, list_optimizers
 
@@ -58,6 +59,8 @@ class OptimizerRecord:
             usual = {option: default for option, (_, default) in spec.options().items()}
         settings = {o: v for o, v in optimizer.defaults.items() if o in usual and o not in ("lr", "weight_decay")}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if spec and usual.get("block_size", 0) is None and "density" in usual:  # the model's own choice is no change
+            usual["block_size"] = fitting_block_size([p.numel() for p in parameters])
         return cls(
             name=spec.name if spec else type(optimizer).__name__,
             paper=spec.paper if spec else "",

@@ -66,7 +66,10 @@ def make_older(folder):
 
 OPTIMIZER, WEIGHTS = "optimizer.pt does not load into MFAC: ", "model.safetensors does not load into Bert.*: "
 BROKEN = {
-    "truncated": (lambda f, _: truncate(f, "optimizer.pt"), OPTIMIZER + ".*(PytorchStreamReader|zip archive)"),
+    "truncated": (
+        lambda f, _: truncate(f, "optimizer.pt"),
+        OPTIMIZER + ".*(PytorchStreamReader|zip archive|Invalid argument)",
+    ),
     "foreign": (
         lambda f, o: take("optimizer.pt", f, o / "adamw_torch"),
         OPTIMIZER + "The saved state is not one of MFAC: its group 0 lacks",
