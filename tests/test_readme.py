@@ -39,7 +39,7 @@ data = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": 0} 
 trainer = Trainer(BertForSequenceClassification(config), args, train_dataset=data)
 trainer.train()
 optimizer = trainer.optimizer.optimizer
-print("trained by", [c.__name__ for c in type(optimizer).__mro__], optimizer.defaults)
+print(f"trained by {[c.__name__ for c in type(optimizer).__mro__]} {optimizer.defaults}\\n", end="")
 """
 TRAIN_NO_TRAINER = """
 import torch
@@ -48,7 +48,7 @@ model = torch.nn.Linear(4, 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 model(torch.ones(2, 4)).sum().backward()
 optimizer.step()
-print("trained by", [c.__name__ for c in type(optimizer).__mro__], optimizer.defaults)
+print(f"trained by {[c.__name__ for c in type(optimizer).__mro__]} {optimizer.defaults}\\n", end="")
 """
 
 
